@@ -1,0 +1,72 @@
+"""What several test files share: the reference cases, tiny models, a complete layer test."""
+
+import json
+import struct
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_vitnt import models
+
+REFERENCE = Path(__file__).parent / "reference"
+TIMM_VIT = dict(
+    patch_size=8, dim=36, depth=2, num_heads=3, mlp_dim=108, input_shape=(32, 48, 3), classes=7
+)
+TIMM_TNT = dict(
+    patch_size=16,
+    dim=60,
+    depth=2,
+    num_heads=3,
+    inner_dim=10,
+    inner_num_heads=2,
+    input_shape=(32, 48, 3),
+    classes=7,
+)
+BIG_VISION = dict(prefix_positions=False, gelu="tanh", **TIMM_VIT)
+
+# Every case of tests/reference: weights and outputs of timm 1.0.31, vision_transformer and
+# big_vision, and the model of ours that must give the same.
+CASES = {
+    "timm_vit": (models.ViT, TIMM_VIT),
+    "timm_vit_avg_noqkvbias": (
+        models.ViT,
+        dict(pooling="avg", fc_norm=True, qkv_bias=False, **TIMM_VIT),
+    ),
+    "timm_vit_reg4_layerscale": (
+        models.ViT,
+        dict(register_tokens=4, layer_scale=0.1, prefix_positions=False, **TIMM_VIT),
+    ),
+    "timm_deit_distilled": (models.DeiT, dict(distilled=True, **TIMM_VIT)),
+    "timm_tnt": (models.TNT, TIMM_TNT),
+    "timm_tnt_legacy": (models.TNT, dict(layout="legacy", **TIMM_TNT)),
+    "google_vit": (models.ViT, dict(gelu="tanh", **TIMM_VIT)),
+    "big_vision_tok": (models.ViT, BIG_VISION),
+    "big_vision_map": (models.ViT, dict(class_token=False, pooling="map", **BIG_VISION)),
+    "big_vision_gap_sincos": (
+        models.ViT,
+        dict(
+            class_token=False,
+            pooling="avg",
+            positions="sincos2d",
+            representation_size=36,
+            **BIG_VISION,
+        ),
+    ),
+}
+
+
+def weights_file(case):
+    suffix = ".safetensors" if case.startswith("timm_") else ".weights.npz"
+    return REFERENCE / f"{case}{suffix}"
+
+
+def metadata(path):
+    """The configuration that a safetensors file carries."""
+    header = path.read_bytes()
+    (length,) = struct.unpack("<Q", header[:8])
+    return json.loads(header[8 : 8 + length])["__metadata__"]
+
+
+def numpy(x):
+    return np.asarray(keras.ops.convert_to_numpy(x))
