@@ -1,1 +1,1 @@
-from .weights import load_weights
+
