@@ -228,24 +228,23 @@ class Batches(keras.utils.PyDataset):
         augment: function (uint8 (H, W, 3), numpy Generator) -> uint8 (H, W, 3); with it the
             order is shuffled anew each epoch. None for the photos as they are, in order.
         seed: of order and augmentation.
-        epoch: the first epoch's number.
     """
 
-    def __init__(self, photos, preprocessing, batch_size=64, augment=None, seed=0, epoch=0):
+    def __init__(self, photos, preprocessing, batch_size=64, augment=None, seed=0):
         super().__init__()
         self.photos = photos
         self.preprocessing = preprocessing
         self.batch_size = batch_size
         self.augment = augment
         self.seed = seed
-        self.epoch = epoch - 1
-        self.on_epoch_begin()
+        self.start(0)
 
     def __len__(self):
         return -(-len(self.photos.labels) // self.batch_size)
 
-    def on_epoch_begin(self):
-        self.epoch += 1
+    def start(self, epoch):
+        """Shuffle for an epoch, counted from 0."""
+        self.epoch = epoch
         self.order = np.arange(len(self.photos.labels))
         if self.augment:
             np.random.default_rng((self.seed, self.epoch)).shuffle(self.order)
@@ -255,9 +254,7 @@ class Batches(keras.utils.PyDataset):
         source = self.photos.sources[i]
         if isinstance(source, np.ndarray) and source.shape[:2] == tuple(self.preprocessing.size):
             return source
-        return images.fit(
-            images.decode(source), self.preprocessing.size, self.preprocessing.crop
-        )
+        return images.fit(images.decode(source), self.preprocessing.size, self.preprocessing.crop)
 
     def __getitem__(self, index):
         chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]

@@ -11,6 +11,13 @@ import numpy as np
 
 MAX_PIXELS = 64_000_000  # a decompression bomb is refused before it is decoded
 
+# (mean, std) that each family's public checkpoints were trained with.
+NORMALIZATION = {
+    "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "tnt": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
 
 class Preprocessing(NamedTuple):
     """What a model expects of its images.

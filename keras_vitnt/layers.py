@@ -27,8 +27,8 @@ def cut(x, side):
 
     Written with a transpose of rank 4: edge runtimes know no higher rank.
     """
-    _, height, width, channels = x.shape
-    rows, columns = height // side, width // side
+    _, _, width, channels = x.shape
+    columns = width // side
     x = ops.reshape(x, (-1, side, columns, side * channels))  # (B*rows, side, columns, side*C)
     x = ops.transpose(x, (0, 2, 1, 3))  # (B*rows, columns, side, side*C)
     return ops.reshape(x, (-1, side, side * channels))

@@ -12,8 +12,8 @@ from keras import layers
 
 from .layers import (
     AttentionPooling,
-    Patches,
     PatchEncoder,
+    Patches,
     PixelEmbedding,
     TNTBlock,
     TokenPooling,
@@ -43,9 +43,7 @@ VARIANTS = {
         "B": dict(dim=768, depth=12, num_heads=12, mlp_dim=3072),
     },
     "TNT": {
-        "Nano": dict(
-            dim=96, depth=4, num_heads=3, inner_dim=12, inner_num_heads=2, pixel_stride=2
-        ),
+        "Nano": dict(dim=96, depth=4, num_heads=3, inner_dim=12, inner_num_heads=2, pixel_stride=2),
         "Ti": dict(dim=192, depth=12, num_heads=3, inner_dim=12, inner_num_heads=2),
         "S": dict(dim=384, depth=12, num_heads=6, inner_dim=24, inner_num_heads=4),
         "B": dict(dim=640, depth=12, num_heads=10, inner_dim=40, inner_num_heads=4),
@@ -254,9 +252,7 @@ def ViT(
         >>> model(keras.ops.ones((1, 32, 32, 3))).shape
         (1, 10)
     """
-    given = dict(
-        patch_size=patch_size, dim=dim, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim
-    )
+    given = dict(patch_size=patch_size, dim=dim, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim)
     size = decode_variant("ViT", variant, given)
     grid = check_input_shape(input_shape, size["patch_size"])
     dtype = policy_name(dtype)
@@ -462,9 +458,7 @@ FAMILIES = {"vit": ViT, "deit": DeiT, "tnt": TNT}
 
 # timm's words for the sizes of each family.
 TIMM_SIZES = {
-    "vit": dict(
-        tiny="Ti", small="S", base="B", large="L", huge="H", giant="g", gigantic="G"
-    ),
+    "vit": dict(tiny="Ti", small="S", base="B", large="L", huge="H", giant="g", gigantic="G"),
     "deit": dict(tiny="Ti", small="S", base="B"),
     "tnt": dict(ti="Ti", s="S", b="B"),
 }
@@ -565,3 +559,18 @@ def features(model, indices=None):
         patches = tokens[:, encoder.num_prefix_tokens :]
         maps.append(layers.Reshape((*encoder.grid, tokens.shape[-1]))(patches))
     return keras.Model(model.input, maps, name=f"{model.name}_features")
+
+
+def listed():
+    """Every variant of the tables at its published patch sizes: (builder, variant, options)."""
+    patches = {"ViT": dict(Nano=(4, 8), B=(8, 16, 32), S=(8, 16, 32), L=(14, 16, 32))}
+    patches["ViT"] |= dict(H=(14,), g=(14,), G=(14,))
+    patches |= {"DeiT": {}, "TNT": {"Nano": (8,)}}
+    forms = {ViT: [{}], DeiT: [{}, {"distilled": True}], TNT: [{}, {"layout": "legacy"}]}
+    return [
+        (builder, f"{size}/{patch}", options)
+        for builder, kinds in forms.items()
+        for size in VARIANTS[builder.__name__]
+        for patch in patches[builder.__name__].get(size, (16,))
+        for options in kinds
+    ]

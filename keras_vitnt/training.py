@@ -112,3 +112,42 @@ def compile_model(
         metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
         jit_compile=False if plain else "auto",
     )
+
+
+def fit(model, batches, validation, epochs, folder, seed=0, verbose="auto"):
+    """Train with `model.fit`; interrupted or not, leave a state to resume from.
+
+    Args:
+        model: a compiled `keras.Model`.
+        batches, validation: `keras.utils.PyDataset`s of (images, labels).
+        epochs: in all, those of earlier calls on the same folder included.
+        folder: `Path`; `history.csv` grows there, and `backup/` holds the last whole epoch
+            until the training is complete. Delete it to start anew.
+        seed: of dropout and of all else that Keras draws.
+        verbose: as in `model.fit`.
+
+    Returns:
+        True if all epochs were done, False if Ctrl-C stopped them.
+    """
+    keras.utils.set_random_seed(seed)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.experimental.enable_op_determinism()
+    callbacks = [
+        keras.callbacks.BackupAndRestore(str(folder / "backup")),
+        keras.callbacks.CSVLogger(folder / "history.csv", append=True),
+        keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.start(epoch)),
+    ]
+    try:
+        model.fit(
+            batches,
+            validation_data=validation,
+            epochs=epochs,
+            shuffle=False,
+            callbacks=callbacks,
+            verbose=verbose,
+        )
+    except KeyboardInterrupt:
+        return False
+    return True

@@ -1,0 +1,52 @@
+"""Pictures of a training run."""
+
+import numpy as np
+
+
+def confusion(labels, predicted, classes):
+    """Count matrix (classes, classes): row the true class, column the predicted one."""
+    matrix = np.zeros((classes, classes), int)
+    np.add.at(matrix, (labels, predicted), 1)
+    return matrix
+
+
+def picture_curves(history):
+    """Loss and accuracy by epoch: a matplotlib figure. `history`: {name: list of numbers}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 2), ("loss", "accuracy")):
+        epochs = np.arange(1, len(history[name]) + 1)
+        axis.plot(epochs, history[name], label="training (augmented)", color="tab:gray")
+        axis.plot(epochs, history[f"val_{name}"], label="validation", color="tab:blue")
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    last = history["val_accuracy"][-1]
+    axis.set_ylim(0, 1)
+    axis.set_title(f"validation accuracy {last:.1%} in the end", fontsize=10)
+    return figure
+
+
+def picture_confusion(matrix, names):
+    """The confusion matrix, each row as shares of its class: a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    side = max(4.0, 0.45 * len(names) + 1.5)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= 30:
+        for (row, column), count in np.ndenumerate(matrix):
+            if count:
+                color = "white" if shares[row, column] > 0.5 else "black"
+                axis.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
+        axis.set_xticks(range(len(names)), names, rotation=45 if max(map(len, names)) > 2 else 0)
+        axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    right = np.trace(matrix)
+    axis.set_title(f"{right} of {matrix.sum()} right ({right / matrix.sum():.1%})", fontsize=10)
+    return figure
