@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from . import benchmark, datasets, explain, images, models, report, training
-from .export import compare, export_all, open_model
+from .export import compare, copy, export_all, open_model
 
 PICTURES = ("curves.png", "confusion.png", "attention.png")
 # What a float32 file may differ from Keras, relative to the largest logit (at least 1).
@@ -269,7 +269,7 @@ def finish(model, validation, classes, folder, record):
     logits = model.predict(x, batch_size=validation.batch_size, verbose=0)
     predicted = logits.argmax(-1)
     record["validation_accuracy"] = float((predicted == labels).mean())
-    model.save(folder / "model.keras")
+    copy(model).save(folder / "model.keras")
 
     files = {
         folder / "saved_model": None,
@@ -278,10 +278,8 @@ def finish(model, validation, classes, folder, record):
     }
     with Console().status("Exporting SavedModel and LiteRT, running them on the photos ..."):
         export_all(model, files)
-        if record_is_half(model):  # the files compute in float32: compare with the same
-            from .export import in_float32
-
-            logits = in_float32(model).predict(x, verbose=0)
+        if any(layer.compute_dtype != "float32" for layer in model.layers):
+            logits = copy(model, "float32").predict(x, verbose=0)  # as the files compute
         compared = {path.name: compare(logits, path, x) for path in files}
     record["files"] = {
         name: {"bytes": size_of(folder / name), **found._asdict()}
@@ -297,10 +295,6 @@ def finish(model, validation, classes, folder, record):
                 f"keras-vitnt: error: {folder / name} differs from Keras by "
                 f"{found.max_difference:.1e}: do not ship it."
             )
-
-
-def record_is_half(model):
-    return any(layer.compute_dtype != "float32" for layer in model.layers)
 
 
 def size_of(path):

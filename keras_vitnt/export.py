@@ -73,7 +73,7 @@ def export_all(model, targets):
             )
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "model.keras"
-        in_float32(model).save(plain)
+        copy(model, "float32").save(plain)
         pairs = [f"{Path(path)}={quantize or ''}" for path, quantize in targets.items()]
         environment = dict(
             os.environ,
@@ -93,17 +93,18 @@ def export_all(model, targets):
     return [Path(path) for path in targets]
 
 
-def in_float32(model):
-    """The same model and weights under the float32 policy, and without its optimizer."""
+def copy(model, dtype=None):
+    """The same layers and weights without optimizer and loss; under another policy if named."""
 
-    def plain(value):
+    def rename(value):
         if isinstance(value, dict):
-            if value.get("class_name") in ("DTypePolicy", "FloatDTypePolicy"):
-                return {**value, "config": {"name": "float32"}}
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+            if value.get("class_name") == "DTypePolicy":
+                return {**value, "config": {"name": dtype}}
+            return {key: rename(item) for key, item in value.items()}
+        return [rename(item) for item in value] if isinstance(value, list | tuple) else value
 
-    clone = type(model).from_config(plain(model.get_config()))
+    config = model.get_config()
+    clone = type(model).from_config(rename(config) if dtype else config)
     clone.set_weights(model.get_weights())
     return clone
 

@@ -22,18 +22,6 @@ def require(condition, message):
         raise ValueError(message)
 
 
-def cut(x, side):
-    """Cut maps (B, H, W, C) into squares (B * N, side, side * C), row by row.
-
-    Written with a transpose of rank 4: edge runtimes know no higher rank.
-    """
-    _, _, width, channels = x.shape
-    columns = width // side
-    x = ops.reshape(x, (-1, side, columns, side * channels))  # (B*rows, side, columns, side*C)
-    x = ops.transpose(x, (0, 2, 1, 3))  # (B*rows, columns, side, side*C)
-    return ops.reshape(x, (-1, side, side * channels))
-
-
 def check_divisible(height, width, side):
     require(
         height is not None and width is not None and not (height % side or width % side),
@@ -41,6 +29,19 @@ def check_divisible(height, width, side):
         f"both sides must be known and divisible by {side}. Choose another image size or "
         "patch size.",
     )
+
+
+def cut(x, side):
+    """Cut maps (B, H, W, C) into squares (B * N, side, side * C), row by row.
+
+    Written with a transpose of rank 4: edge runtimes know no higher rank.
+    """
+    _, height, width, channels = x.shape
+    check_divisible(height, width, side)
+    columns = width // side
+    x = ops.reshape(x, (-1, side, columns, side * channels))  # (B*rows, side, columns, side*C)
+    x = ops.transpose(x, (0, 2, 1, 3))  # (B*rows, columns, side, side*C)
+    return ops.reshape(x, (-1, side, side * channels))
 
 
 @serializable

@@ -43,7 +43,7 @@ VARIANTS = {
         "B": dict(dim=768, depth=12, num_heads=12, mlp_dim=3072),
     },
     "TNT": {
-        "Nano": dict(dim=96, depth=4, num_heads=3, inner_dim=12, inner_num_heads=2, pixel_stride=2),
+        "Nano": dict(dim=96, depth=4, num_heads=3, inner_dim=24, inner_num_heads=4),
         "Ti": dict(dim=192, depth=12, num_heads=3, inner_dim=12, inner_num_heads=2),
         "S": dict(dim=384, depth=12, num_heads=6, inner_dim=24, inner_num_heads=4),
         "B": dict(dim=640, depth=12, num_heads=10, inner_dim=40, inner_num_heads=4),

@@ -97,7 +97,6 @@ def compile_model(
     )
     optimizer.exclude_from_weight_decay(var_names=NO_DECAY)
 
-    @keras.saving.register_keras_serializable(package="keras_vitnt")
     def cross_entropy(labels, logits):
         targets = keras.ops.one_hot(keras.ops.reshape(labels, (-1,)), classes)
         return keras.losses.categorical_crossentropy(
