@@ -190,9 +190,8 @@ def train(arguments):
     if arguments.mixed_precision:
         options["dtype"] = "mixed_bfloat16"
     family = models.parse_name(arguments.model)[0].__name__.lower()
-    # The shape is checked on a model without weights, before any photo is decoded.
-    with keras.StatelessScope():
-        size = models.create_model(arguments.model, **options).input_shape[1:3]
+    # The model is checked without weights, before any photo is decoded.
+    size = models.blueprint(models.create_model, arguments.model, **options).input_shape[1:3]
     preprocessing = images.Preprocessing(size, *images.NORMALIZATION[family])
     photos, held_out, classes = load_photos(arguments, size)
 
@@ -403,8 +402,7 @@ def list_models(arguments):
         timm[builder, variant, *options.items()] = name
     for builder, variant, options in models.listed():
         shape = {"input_shape": (32, 32, 3), "classes": 10} if "Nano" in variant else {}
-        with keras.StatelessScope():  # shapes without memory: G/14 would take 7 GB
-            model = builder(variant, **options, **shape)
+        model = models.blueprint(builder, variant, **options, **shape)  # G/14 would take 7 GB
         words = "".join(f", {key}={value!r}" for key, value in options.items())
         table.add_row(
             f"{builder.__name__.lower()}:{variant}{words}",

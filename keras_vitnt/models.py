@@ -561,6 +561,18 @@ def features(model, indices=None):
     return keras.Model(model.input, maps, name=f"{model.name}_features")
 
 
+def blueprint(builder, *args, **kwargs):
+    """A model without memory for its weights: to count and to check, not to run.
+
+    Resets Keras' session: its list of variables that wait for their values must not keep
+    these.
+    """
+    with keras.StatelessScope(initialize_variables=False):
+        model = builder(*args, **kwargs)
+    keras.utils.clear_session(free_memory=False)
+    return model
+
+
 def listed():
     """Every variant of the tables at its published patch sizes: (builder, variant, options)."""
     patches = {"ViT": dict(Nano=(4, 8), B=(8, 16, 32), S=(8, 16, 32), L=(14, 16, 32))}
