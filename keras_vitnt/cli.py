@@ -15,6 +15,7 @@ import numpy as np
 
 from . import benchmark, datasets, explain, images, models, report, training
 from .export import compare, copy, export_all, open_model
+from .weights import load_weights
 
 PICTURES = ("curves.png", "confusion.png", "attention.png")
 # What a float32 file may differ from Keras, relative to the largest logit (at least 1).
@@ -73,7 +74,7 @@ def parser():
     new.add_argument(
         "--image-size", type=image_size, help="SIDE or HEIGHTxWIDTH (default: the model's, or 32)"
     )
-    new.add_argument("--lr", type=float, default=2e-3, help="peak learning rate: %(default)s")
+    new.add_argument("--lr", type=float, default=1e-3, help="peak learning rate: %(default)s")
     new.add_argument("--weight-decay", type=float, default=0.05, help="default: %(default)s")
     new.add_argument("--drop-path", type=float, default=0.0, help="default: %(default)s")
     new.add_argument(
@@ -157,11 +158,10 @@ def check_backend(name):
     os.execve(sys.executable, command, dict(os.environ, KERAS_BACKEND=name))
 
 
-def load_photos(arguments, size):
-    """The data set decoded at a size, with a progress bar; faults are counted and named."""
+def decode_photos(arguments, train, validation, classes, size):
+    """Both parts decoded at a size, with a progress bar; faults are counted and named."""
     from rich.progress import Progress
 
-    train, validation, classes = datasets.load_dataset(arguments.data, arguments.data_dir)
     decoded, faults = [], []
     with Progress(transient=True) as bar:
         task = bar.add_task("Decoding photos", total=len(train.labels) + len(validation.labels))
@@ -174,7 +174,7 @@ def load_photos(arguments, size):
         print("\n".join(f"  {fault}" for fault in faults))
     counts = [len(part.labels) for part in decoded]
     print(f"Data: {arguments.data}, {len(classes)} classes, {counts[0]} + {counts[1]} photos")
-    return *decoded, classes
+    return decoded
 
 
 def train(arguments):
@@ -190,21 +190,19 @@ def train(arguments):
     if arguments.mixed_precision:
         options["dtype"] = "mixed_bfloat16"
     family = models.parse_name(arguments.model)[0].__name__.lower()
-    # The model is checked without weights, before any photo is decoded.
+    # Model, data and weights are checked before anything slow, or written, begins.
     size = models.blueprint(models.create_model, arguments.model, **options).input_shape[1:3]
     preprocessing = images.Preprocessing(size, *images.NORMALIZATION[family])
-    photos, held_out, classes = load_photos(arguments, size)
-
+    photos, held_out, classes = datasets.load_dataset(arguments.data, arguments.data_dir)
     keras.utils.set_random_seed(arguments.seed)
     model = models.create_model(
         arguments.model, classes=len(classes), drop_path=arguments.drop_path, **options
     )
     if arguments.weights:
-        from .weights import load_weights
-
         loaded = load_weights(model, arguments.weights, new_head=True)
         new = [row.variable for row in loaded.rows if row.action == "re-initialised"]
         print(f"Weights: {arguments.weights}" + (f"; new: {', '.join(new)}" if new else ""))
+    photos, held_out = decode_photos(arguments, photos, held_out, classes, size)
     print(f"Model: {arguments.model}, {model.count_params():,} parameters, {size[0]} x {size[1]}")
 
     def augment(pixels, rng):
@@ -371,12 +369,13 @@ def predict(arguments):
 
 def evaluate(arguments):
     run, preprocessing, names = resolve(arguments.model)
-    _, held_out, classes = load_photos(arguments, preprocessing.size)
+    train, held_out, classes = datasets.load_dataset(arguments.data, arguments.data_dir)
     if names and names != classes:
         raise ValueError(
             f"{arguments.model} knows the classes {', '.join(names)}; {arguments.data} has "
             f"{', '.join(classes)}."
         )
+    _, held_out = decode_photos(arguments, train, held_out, classes, preprocessing.size)
     batches = datasets.Batches(held_out, preprocessing, arguments.batch_size)
     start = time.perf_counter()
     logits = np.concatenate([run(batches[i][0]) for i in range(len(batches))])

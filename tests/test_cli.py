@@ -1,0 +1,198 @@
+"""The command line from end to end, and one clear line for every bad input."""
+
+import json
+import re
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+from test_datasets import write_photos
+
+from keras_vitnt import cli, explain, models
+from keras_vitnt.export import export, open_model
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["keras-vitnt", *map(str, arguments)])
+    cli.main()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for label in ("cat", "dog"):
+        write_photos(folder / label, [f"{i}.png" for i in range(10)])
+    return folder
+
+
+def test_train_leaves_every_file_and_predicts(photos, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    train = ["train", "--data", f"folder:{photos}", "--model", "tnt:Nano/8", "--epochs", 2]
+    run(monkeypatch, *train, "--image-size", "16x24", "--batch-size", 8, "--output", output)
+    expected = "attention.png confusion.png curves.png history.csv labels.txt metrics.json"
+    expected += " model.keras model.tflite model_int8.tflite saved_model"
+    assert {path.name for path in output.iterdir()} == set(expected.split())
+    record = json.loads((output / "metrics.json").read_text())
+    for name in ("saved_model", "model.tflite"):
+        found = record["files"][name]
+        assert found["max_difference"] <= 1e-4 * max(1, found["largest_logit"])
+    assert (output / "labels.txt").read_text() == "cat\ndog\n"
+    assert "validation accuracy" in capsys.readouterr().out
+
+    answers = []
+    for name in ("", "model.keras", "model.tflite", "saved_model"):
+        run(monkeypatch, "predict", output / name, photos / "cat" / "0.png")
+        answers.append(capsys.readouterr().out)
+    assert len(set(answers)) == 1 and "cat" in answers[0]
+    run(monkeypatch, "evaluate", output, "--data", f"folder:{photos}")
+    accuracy = record["validation_accuracy"]
+    assert f"top-1 {accuracy:.2%}" in capsys.readouterr().out
+
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *train, "--output", output)
+    assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
+
+
+BAD = {
+    "absent folder": (["train", "--data", "folder:absent"], "no folder at absent"),
+    "unknown data": (["train", "--data", "mnist"], "Unknown data"),
+    "unknown model": (["train", "--model", "vit:XL/16"], "Unknown ViT variant"),
+    "unknown name": (["train", "--model", "resnet50"], "Unknown model 'resnet50'"),
+    "indivisible": (["train", "--image-size", "30"], "30 x 30 .* patches of 8 x 8"),
+    "nothing to resume": (["train", "--resume", "--output", "absent"], "no interrupted run"),
+    "absent weights": (["train", "--weights", "absent.npz"], "no checkpoint at absent.npz"),
+    "absent model": (["predict", "absent.keras", "x.png"], "no model at absent.keras"),
+    "no option": (["shapes", "vit:B/16", "--batch", "0"], "positive whole number"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_leaves_nothing(case, tmp_path, monkeypatch, capsys):
+    arguments, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *arguments)
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in last
+    assert re.search(message, last), last
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_shape_leaves_nothing(tmp_path, monkeypatch, capsys):
+    from helpers import weights_file
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "train", "--weights", weights_file("timm_tnt"))
+    assert stop.value.code == 2
+    assert "does not fit the model" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    other = "jax" if keras.backend.backend() != "jax" else "torch"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "models", "--backend", other)
+    assert stop.value.code == 2
+    assert f"keras-vitnt[{other}]" in capsys.readouterr().err
+
+
+def test_interrupted_training_keeps_a_state_to_resume(photos, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    train = ["train", "--data", f"folder:{photos}", "--epochs", 3, "--output", output]
+    train += ["--image-size", 16, "--batch-size", 8]
+    seen = []
+
+    def finish(model, validation, classes, folder, record):
+        seen.append(record["interrupted"])
+
+    def stop_in_second_epoch(self, epoch, logs=None):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "finish", finish)
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.callbacks.CSVLogger, "on_epoch_begin", stop_in_second_epoch)
+        run(monkeypatch, *train)
+    assert "--resume" in capsys.readouterr().out
+    run(monkeypatch, *train, "--resume")
+    assert seen == [True, False]
+    epochs = (output / "history.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[0] for line in epochs] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        (
+            "vit:Ti/16",
+            {
+                "images": (2, 224, 224, 3),
+                "patches": (2, 196, 768),
+                "projected patches": (2, 196, 192),
+                "tokens with positions": (2, 197, 192),
+                "queries, keys, values of the heads": (2, 3, 197, 64),
+                "attention scores": (2, 3, 197, 197),
+                "MLP hidden": (2, 197, 768),
+                "pooled": (2, 192),
+                "head": (2, 5),
+            },
+        ),
+        (
+            "tnt:Ti/16",
+            {
+                "pixel stream: words of each patch": (2, 196, 16, 12),
+                "pixels: attention scores": (392, 2, 16, 16),
+                "patches: attention scores": (2, 3, 197, 197),
+                "pixels": (2, 196, 16, 12),
+                "patches": (2, 197, 192),
+                "head": (2, 5),
+            },
+        ),
+    ],
+)
+def test_shape_walk_shows_run_time_shapes(name, stages):
+    model = models.create_model(name, classes=5, depth=1)
+    rows = explain.shape_walk(model, np.zeros((2, 224, 224, 3), "float32"))
+    found = {stage: shape for _, stage, shape in rows}
+    assert {stage: found.get(stage) for stage in stages} == stages
+
+
+def test_attention_maps_are_distributions_over_tokens():
+    model = models.TNT("Nano/8", input_shape=(16, 24, 3), classes=2)
+    images = np.random.default_rng(0).normal(size=(2, 16, 24, 3)).astype("float32")
+    maps = explain.attention_maps(model, images)
+    assert [m.shape for m in maps] == [(2, 3, 7, 7)] * 4
+    inner = explain.inner_attention_maps(model, images)
+    assert [m.shape for m in inner] == [(2, 6, 4, 4, 4)] * 4
+    for scores in [*maps, *inner, explain.rollout(maps)]:
+        np.testing.assert_allclose(scores.sum(-1), 1, atol=1e-5)
+    assert explain.attention_overlay(model, images).shape == (2, 16, 24)
+
+
+def test_export_refuses_what_it_cannot_write(tmp_path):
+    model = models.ViT("Nano/8", input_shape=(8, 8, 3), classes=2)
+    with pytest.raises(ValueError, match="Unknown format"):
+        export(model, tmp_path / "model.pb")
+    with pytest.raises(ValueError, match="quantize='int4'"):
+        export(model, tmp_path / "model.tflite", quantize="int4")
+    (tmp_path / "cut.tflite").write_bytes(b"TFL3")
+    with pytest.raises(ValueError, match="cut.tflite cannot be read"):
+        open_model(tmp_path / "cut.tflite")
+    assert [path.name for path in tmp_path.iterdir()] == ["cut.tflite"]
+
+
+def test_a_photo_that_is_none_is_named(tmp_path, monkeypatch, capsys):
+    model = models.ViT("Nano/8", input_shape=(8, 8, 3), classes=2)
+    model.save(tmp_path / "model.keras")
+    (tmp_path / "x.jpg").write_text("no image")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "predict", tmp_path / "model.keras", tmp_path / "x.jpg")
+    assert stop.value.code == 2
+    assert "x.jpg cannot be read: not an image" in capsys.readouterr().err
+    Image.new("RGB", (9, 9)).save(tmp_path / "y.png")
+    run(monkeypatch, "predict", tmp_path / "model.keras", tmp_path / "y.png")
+    assert "class 0" in capsys.readouterr().out

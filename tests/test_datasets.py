@@ -1,0 +1,103 @@
+"""Photos in, batches out: splits, faults, order and augmentation."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_vitnt import datasets, images, training
+
+
+def write_photos(folder, names, size=(20, 16)):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in names:
+        Image.fromarray(rng.integers(0, 255, (*size, 3), "uint8")).save(folder / name)
+
+
+def test_embedded_photos_are_split_and_stratified():
+    train, validation, classes = datasets.load_dataset("embedded")
+    assert (len(train.labels), len(validation.labels), len(classes)) == (1651, 411, 10)
+    assert not set(train.names) & set(validation.names)
+    assert set(np.bincount(validation.labels)) <= {41, 42}
+    decoded, faults = datasets.decode_all(validation, (32, 24))
+    assert not faults and decoded.sources[0].shape == (32, 24, 3)
+
+
+def test_folders_with_and_without_a_split(tmp_path):
+    for label in ("cat", "dog"):
+        write_photos(tmp_path / "flat" / label, [f"{i}.png" for i in range(10)])
+        write_photos(tmp_path / "parts" / "train" / label, ["a.png", "b.png"])
+        write_photos(tmp_path / "parts" / "val" / label, ["c.png"])
+    train, validation, classes = datasets.load_dataset(f"folder:{tmp_path}/flat")
+    assert (len(train.labels), len(validation.labels), classes) == (16, 4, ["cat", "dog"])
+    again = datasets.load_dataset(f"folder:{tmp_path}/flat")[1]
+    assert again.names == validation.names
+    train, validation, _ = datasets.load_dataset(f"folder:{tmp_path}/parts")
+    assert (len(train.labels), len(validation.labels)) == (4, 2)
+
+
+def test_unreadable_files_are_counted_and_named(tmp_path):
+    for label in ("cat", "dog"):
+        write_photos(tmp_path / label, [f"{i}.jpg" for i in range(10)])
+    whole = (tmp_path / "cat" / "0.jpg").read_bytes()
+    (tmp_path / "cat" / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "dog" / "notes.txt").write_text("no image")
+    photos, _ = datasets.read_class_folders(tmp_path)
+    good, faults = datasets.decode_all(photos, (16, 16))
+    assert len(good.labels) == 19 and len(faults) == 2
+    assert "0.jpg" in faults[0] and "truncated" in faults[0].lower()
+    assert "notes.txt" in faults[1] and "not an image" in faults[1]
+    for path in (tmp_path / "dog").glob("*.jpg"):
+        path.write_text("no image")
+    with pytest.raises(ValueError, match="12 of 21 files cannot be read"):
+        datasets.decode_all(photos, (16, 16))
+
+
+def test_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        datasets.load_dataset(f"folder:{tmp_path}/absent")
+    with pytest.raises(ValueError, match="holds no class folders"):
+        datasets.load_dataset(f"folder:{tmp_path}")
+    write_photos(tmp_path / "cat", ["a.png"])
+    with pytest.raises(ValueError, match=r"one class \(cat\)"):
+        datasets.load_dataset(f"folder:{tmp_path}")
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(ValueError, match="dog is empty"):
+        datasets.load_dataset(f"folder:{tmp_path}")
+    with pytest.raises(ValueError, match="expected embedded, folder:PATH or tfds:NAME"):
+        datasets.load_dataset("imagenet")
+
+
+def test_batches_repeat_under_a_seed_and_differ_by_epoch():
+    photos = datasets.load_dataset("embedded")[1].take(np.arange(40))
+    photos, _ = datasets.decode_all(photos, (16, 16))
+
+    def epoch(number, seed=0):
+        batches = datasets.Batches(
+            photos, images.Preprocessing((16, 16)), 16, training.augment, seed
+        )
+        batches.start(number)
+        return [batches[i] for i in range(len(batches))]
+
+    first, again, later, other = epoch(0), epoch(0), epoch(1), epoch(0, seed=1)
+    assert [len(y) for _, y in first] == [16, 16, 8]
+    for (x, y), (x2, y2) in zip(first, again):
+        np.testing.assert_array_equal(x, x2)
+        np.testing.assert_array_equal(y, y2)
+    assert np.abs(first[0][0] - later[0][0]).max() > 0.1
+    assert np.abs(first[0][0] - other[0][0]).max() > 0.1
+
+
+def test_augmentation_without_strength_is_the_photo():
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 32, 3), "uint8")
+    same = training.augment(pixels, np.random.default_rng(0), strength=0, flip=False)
+    np.testing.assert_array_equal(same, pixels)
+
+
+def test_load_equals_pil_resize_and_crop():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), "uint8"))
+    pixels = images.fit(photo, (30, 30))
+    expected = photo.resize((45, 30), Image.Resampling.BICUBIC).crop((7, 0, 37, 30))
+    np.testing.assert_array_equal(pixels, np.asarray(expected))
+    loaded = images.load(photo, images.Preprocessing((30, 30)))
+    np.testing.assert_allclose(loaded, pixels / 127.5 - 1, atol=1e-5)

@@ -1,0 +1,56 @@
+"""Imports: who may import whom, and what a bare import may load."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras_vitnt
+
+# Each module may import those named before its own row's end.
+ALLOWED = {
+    "positions": set(),
+    "images": set(),
+    "training": set(),
+    "report": set(),
+    "layers": {"positions"},
+    "models": {"layers", "weights"},
+    "weights": {"positions"},
+    "datasets": {"images"},
+    "export": {"layers"},
+    "explain": {"layers"},
+    "benchmark": {"layers"},
+}
+
+
+def test_imports_point_down():
+    folder = Path(keras_vitnt.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__", "cli"}
+    assert modules == set(ALLOWED)
+    for name, allowed in ALLOWED.items():
+        tree = ast.parse((folder / f"{name}.py").read_text())
+        relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+        used = {node.module or alias.name for node in relative for alias in node.names}
+        assert used <= allowed, f"{name} imports {used - allowed}"
+
+
+LIGHT = """
+import sys, time
+import keras
+start = time.perf_counter()
+import keras_vitnt
+seconds = time.perf_counter() - start
+heavy = {"matplotlib", "sklearn", "tensorflow_datasets", "ai_edge_litert", "rich"}
+if keras.backend.backend() != "tensorflow":
+    heavy.add("tensorflow")
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+print(seconds)
+"""
+
+
+def test_import_is_light():
+    result = subprocess.run(
+        [sys.executable, "-c", LIGHT], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
