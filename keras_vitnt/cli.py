@@ -369,13 +369,13 @@ def predict(arguments):
 
 def evaluate(arguments):
     run, preprocessing, names = resolve(arguments.model)
-    train, held_out, classes = datasets.load_dataset(arguments.data, arguments.data_dir)
+    rest, held_out, classes = datasets.load_dataset(arguments.data, arguments.data_dir)
     if names and names != classes:
         raise ValueError(
             f"{arguments.model} knows the classes {', '.join(names)}; {arguments.data} has "
             f"{', '.join(classes)}."
         )
-    _, held_out = decode_photos(arguments, train, held_out, classes, preprocessing.size)
+    _, held_out = decode_photos(arguments, rest, held_out, classes, preprocessing.size)
     batches = datasets.Batches(held_out, preprocessing, arguments.batch_size)
     start = time.perf_counter()
     logits = np.concatenate([run(batches[i][0]) for i in range(len(batches))])
