@@ -14,21 +14,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from helpers import CASES, REFERENCE, numpy, weights_file  # noqa: E402
-from test_parity import stages  # noqa: E402
-
-from keras_vitnt import load_weights  # noqa: E402
+from helpers import CASES  # noqa: E402
+from test_parity import compare_stages  # noqa: E402
 
 print(f"{keras.backend.backend()}, Keras {keras.version()}")
-for case, (builder, options) in CASES.items():
-    model = builder(**options)
-    load_weights(model, weights_file(case))
-    expected = dict(np.load(REFERENCE / f"{case}.npz"))
-    image = expected.pop("image")
-    found = stages(model, case)
-    values = keras.Model(model.input, {name: found[name] for name in expected})(image)
-    worst = max(
-        np.abs(numpy(values[name]).reshape(y.shape) - y).max() / max(1, np.abs(y).max())
-        for name, y in expected.items()
-    )
+for case in CASES:
+    worst = max(np.abs(x - y).max() / max(1, np.abs(y).max()) for _, x, y in compare_stages(case))
     print(f"{case:28} {worst:.1e}")

@@ -9,7 +9,7 @@ from keras_vitnt import load_weights
 from keras_vitnt.models import blocks
 
 
-def stages(model, case):
+def stages(model):
     """The model's tensors under the names that the reference files give to them."""
     found = {"logits": model.output}
     for i, block in enumerate(blocks(model)):
@@ -24,17 +24,22 @@ def stages(model, case):
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_parity_stage_by_stage(case):
+def compare_stages(case):
+    """(name, our numbers, the reference's) of every stage that a case's file gives."""
     builder, options = CASES[case]
     model = builder(**options)
     load_weights(model, weights_file(case))
     expected = dict(np.load(REFERENCE / f"{case}.npz"))
     image = expected.pop("image")
-    ours = stages(model, case)
+    ours = stages(model)
     values = keras.Model(model.input, {name: ours[name] for name in expected})(image)
     for name, reference in expected.items():
-        actual = numpy(values[name]).reshape(reference.shape)
+        yield name, numpy(values[name]).reshape(reference.shape), reference
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parity_stage_by_stage(case):
+    for name, actual, reference in compare_stages(case):
         tolerance = 5e-5 * max(1.0, np.abs(reference).max())
         np.testing.assert_allclose(actual, reference, rtol=0, atol=tolerance, err_msg=name)
 
