@@ -6,8 +6,6 @@ Any Keras backend (KERAS_BACKEND=jax, torch or tensorflow); five epochs, about a
 cores. The command `keras-vitnt train` does this for longer, and exports.
 """
 
-import keras
-
 import keras_vitnt as kv
 from keras_vitnt import datasets, training
 
@@ -22,5 +20,4 @@ held_out = datasets.Batches(validation, preprocessing, batch_size=128)
 
 model = kv.ViT("Nano/8", input_shape=(*size, 3), classes=len(classes), positions="sincos2d")
 training.compile_model(model, steps=epochs * len(batches))
-new_epoch = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.start(epoch))
-model.fit(batches, validation_data=held_out, epochs=epochs, callbacks=[new_epoch])
+model.fit(batches, validation_data=held_out, epochs=epochs)

@@ -2,7 +2,7 @@
 
 import keras
 
-from . import layers
+from . import tnt, vit
 
 
 def multiply_adds(model):
@@ -27,22 +27,22 @@ def multiply_adds(model):
 
     for layer in model.layers:
         match layer:
-            case layers.PatchEncoder():
+            case vit.PatchEncoder():
                 total += dense(layer.projection, layer.num_patches) if layer.projection_dim else 0
-            case layers.PixelEmbedding():
+            case tnt.PixelEmbedding():
                 _, patches, words, _ = layer.output.shape
                 kernel = layer.projection.kernel.shape
                 total += patches * words * kernel[0] * kernel[1] * kernel[2] * kernel[3]
-            case layers.WordsToPatch():
+            case tnt.WordsToPatch():
                 total += dense(layer.proj, layer.output.shape[1])
-            case layers.TransformerBlock():
+            case vit.TransformerBlock():
                 total += block(layer, *layer.input.shape[1:])
-            case layers.TNTBlock():
+            case tnt.TNTBlock():
                 _, patches, words, inner = layer.input[0].shape
                 total += patches * block(layer.inner, words, inner)
                 total += dense(layer.fold.proj, patches)
                 total += block(layer.outer, *layer.input[1].shape[1:])
-            case layers.AttentionPooling():
+            case vit.AttentionPooling():
                 tokens, width = layer.input.shape[1:]
                 tokens -= layer.num_prefix_tokens
                 total += dense(layer.key_value, tokens) + 2 * tokens * width

@@ -54,7 +54,7 @@ def parser():
             "such folders) or tfds:NAME (default: %(default)s, photos of hand signs)",
         )
         new.add_argument("--data-dir", help="where TensorFlow Datasets keeps its sets")
-        new.add_argument("--batch-size", type=positive, default=32, help="default: %(default)s")
+        new.add_argument("--batch-size", type=positive, default=26, help="default: %(default)s")
 
     new = command(
         "train",
@@ -70,17 +70,19 @@ def parser():
     data_options(new)
     new.add_argument("--model", default="tnt:Nano/8", help="FAMILY:SIZE/PATCH or timm's name")
     new.add_argument("--weights", help="checkpoint to start from; its head may be another's")
-    new.add_argument("--epochs", type=positive, default=40, help="default: %(default)s")
+    new.add_argument("--epochs", type=positive, default=26, help="default: %(default)s")
     new.add_argument(
         "--image-size", type=image_size, help="SIDE or HEIGHTxWIDTH (default: the model's, or 32)"
     )
-    new.add_argument("--lr", type=float, default=1e-3, help="peak learning rate: %(default)s")
+    new.add_argument(
+        "--lr", type=float, help="peak learning rate (default: 2e-3; 1e-4 with --weights)"
+    )
     new.add_argument("--weight-decay", type=float, default=0.05, help="default: %(default)s")
     new.add_argument("--drop-path", type=float, default=0.0, help="default: %(default)s")
     new.add_argument(
         "--augment", type=float, default=1.0, help="strength of augmentation, 0 for none: 1.0"
     )
-    new.add_argument("--no-flip", action="store_true", help="never mirror a photo")
+    new.add_argument("--flip", action="store_true", help="mirror half of the photos")
     new.add_argument("--mixed-precision", action="store_true", help="compute in bfloat16")
     new.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     new.add_argument("--output", type=Path, help="folder (default: saved_models/MODEL-DATA)")
@@ -202,11 +204,12 @@ def train(arguments):
         loaded = load_weights(model, arguments.weights, new_head=True)
         new = [row.variable for row in loaded.rows if row.action == "re-initialised"]
         print(f"Weights: {arguments.weights}" + (f"; new: {', '.join(new)}" if new else ""))
+    originals = dict(zip(held_out.names, held_out.sources))
     photos, held_out = decode_photos(arguments, photos, held_out, classes, size)
     print(f"Model: {arguments.model}, {model.count_params():,} parameters, {size[0]} x {size[1]}")
 
     def augment(pixels, rng):
-        return training.augment(pixels, rng, arguments.augment, not arguments.no_flip)
+        return training.augment(pixels, rng, arguments.augment, arguments.flip)
 
     batches = datasets.Batches(
         photos,
@@ -217,7 +220,10 @@ def train(arguments):
     )
     validation = datasets.Batches(held_out, preprocessing, 4 * arguments.batch_size)
     training.compile_model(
-        model, arguments.epochs * len(batches), arguments.lr, arguments.weight_decay
+        model,
+        arguments.epochs * len(batches),
+        arguments.lr or (1e-4 if arguments.weights else 2e-3),
+        arguments.weight_decay,
     )
     if folder.exists() and not resumes:
         shutil.rmtree(folder)
@@ -249,15 +255,18 @@ def train(arguments):
         "interrupted": not whole,
         "training_seconds": round(seconds, 1),
     }
-    finish(model, validation, classes, folder, record)
+    finish(model, validation, originals, classes, folder, record)
 
 
 def shuffled(pixels, rng):
     return pixels
 
 
-def finish(model, validation, classes, folder, record):
-    """Everything after the training: files, comparisons, pictures, metrics, summary."""
+def finish(model, validation, originals, classes, folder, record):
+    """Everything after the training: files, comparisons, pictures, metrics, summary.
+
+    `originals` has the validation photos at full size, for the pictures: {name: source}.
+    """
     from rich.console import Console
 
     labels = validation.photos.labels
@@ -282,7 +291,7 @@ def finish(model, validation, classes, folder, record):
         name: {"bytes": size_of(folder / name), **found._asdict()}
         for name, found in compared.items()
     }
-    draw(model, validation, classes, predicted, folder)
+    draw(model, validation, originals, classes, predicted, folder)
     (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
     print_summary(folder, record)
     for name in ("saved_model", "model.tflite"):
@@ -299,7 +308,7 @@ def size_of(path):
     return sum(file.stat().st_size for file in files)
 
 
-def draw(model, validation, classes, predicted, folder):
+def draw(model, validation, originals, classes, predicted, folder):
     import csv
 
     with open(folder / "history.csv") as file:
@@ -311,14 +320,20 @@ def draw(model, validation, classes, predicted, folder):
     matrix = report.confusion(labels, predicted, len(classes))
     report.picture_confusion(matrix, classes).savefig(folder / PICTURES[1], dpi=120)
     shown = [np.flatnonzero(labels == label)[0] for label in np.unique(labels)[:8]]
-    pixels = np.stack([validation.pixels(i) for i in shown])
+    height, width = validation.preprocessing.size
+    larger = max(1, 160 // min(height, width))  # people see more than a small model does
+    pixels = [
+        images.fit(images.decode(originals[name]), (larger * height, larger * width))
+        for name in (validation.photos.names[i] for i in shown)
+    ]
     titles = [
         classes[labels[i]]
         if labels[i] == predicted[i]
         else f"{classes[labels[i]]}, taken for {classes[predicted[i]]}"
         for i in shown
     ]
-    x = images.normalize(pixels, validation.preprocessing)
+    x = np.stack([validation.pixels(i) for i in shown])
+    x = images.normalize(x, validation.preprocessing)
     explain.picture_attention(model, x, pixels, titles).savefig(folder / PICTURES[2], dpi=120)
 
 
@@ -388,12 +403,14 @@ def evaluate(arguments):
 
 
 def list_models(arguments):
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Variants at 224 x 224, 1000 classes (Nano: 32 x 32, 10 classes)")
-    for column in ("name", "timm's name", "parameters", "multiply-adds"):
-        table.add_column(column, justify="left" if "name" in column else "right")
+    title = "Variants at 224 x 224, 1000 classes (Nano: 32 x 32, 10 classes)"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # 80 columns hold it
+    for column in ("name", "timm's name", "parameters", "GMACs"):
+        table.add_column(column, justify="left" if "name" in column else "right", no_wrap=True)
     timm = {}
     for name in models.timm_names():
         builder, variant, options = models.parse_name(name)
@@ -402,12 +419,12 @@ def list_models(arguments):
     for builder, variant, options in models.listed():
         shape = {"input_shape": (32, 32, 3), "classes": 10} if "Nano" in variant else {}
         model = models.blueprint(builder, variant, **options, **shape)  # G/14 would take 7 GB
-        words = "".join(f", {key}={value!r}" for key, value in options.items())
+        words = "".join(" distilled" if key == "distilled" else " legacy" for key in options)
         table.add_row(
             f"{builder.__name__.lower()}:{variant}{words}",
             timm.get((builder, variant, *options.items()), ""),
             f"{model.count_params():,}",
-            f"{benchmark.multiply_adds(model) / 1e9:.3f} G",
+            f"{benchmark.multiply_adds(model) / 1e9:.3g}",
         )
     Console().print(table)
 

@@ -237,14 +237,21 @@ class Batches(keras.utils.PyDataset):
         self.batch_size = batch_size
         self.augment = augment
         self.seed = seed
-        self.start(0)
+        self.go_to(0)
 
     def __len__(self):
         return -(-len(self.photos.labels) // self.batch_size)
 
-    def start(self, epoch):
-        """Shuffle for an epoch, counted from 0."""
-        self.epoch = epoch
+    def go_to(self, epoch):
+        """Make this epoch, counted from 0, the next to begin."""
+        self.next_epoch = epoch
+        self.on_epoch_begin()
+        self.next_epoch = epoch
+
+    def on_epoch_begin(self):
+        """Shuffle for the next epoch; Keras calls this."""
+        self.epoch = self.next_epoch
+        self.next_epoch += 1
         self.order = np.arange(len(self.photos.labels))
         if self.augment:
             np.random.default_rng((self.seed, self.epoch)).shuffle(self.order)
@@ -264,3 +271,20 @@ class Batches(keras.utils.PyDataset):
             pixels = [self.augment(photo, rng) for photo in pixels]
         x = images.normalize(np.stack(pixels), self.preprocessing)
         return x, self.photos.labels[chosen].astype("int32")
+
+    def tf_dataset(self):
+        """These batches as a `tf.data.Dataset`, which TensorFlow trains on twice as fast.
+
+        Keras' own way from a PyDataset is `Dataset.from_generator`; after it glibc gives the
+        memory of every step back to the system, and a step of a small model takes 2.4 times
+        as long (Keras 3.15, TensorFlow 2.21).
+        """
+        import tensorflow as tf
+
+        def read(index):
+            x, y = tf.numpy_function(self.__getitem__, [index], [tf.float32, tf.int32])
+            return tf.ensure_shape(x, (None, *self.preprocessing.size, 3)), tf.ensure_shape(
+                y, (None,)
+            )
+
+        return tf.data.Dataset.range(len(self)).map(read).prefetch(2)

@@ -7,16 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from .layers import (
-    AttentionPooling,
-    PatchEncoder,
-    Patches,
-    PixelEmbedding,
-    TNTBlock,
-    TokenPooling,
-    TransformerBlock,
-    WordsToPatch,
-)
+from .tnt import PixelEmbedding, TNTBlock, WordsToPatch
+from .vit import AttentionPooling, PatchEncoder, Patches, TokenPooling, TransformerBlock
 
 
 def block_inputs(model):
@@ -175,7 +167,7 @@ def picture_attention(model, images, pixels, titles):
 
     Args:
         model, images: as in `attention_overlay`.
-        pixels: uint8 array (B, H, W, 3), the photos as people see them.
+        pixels: list of B uint8 arrays (h, w, 3), the photos as people see them, any size.
         titles: list of str, one above each photo.
     """
     from matplotlib.figure import Figure
@@ -188,7 +180,16 @@ def picture_attention(model, images, pixels, titles):
         axes[0, column].imshow(photo, interpolation="bilinear")
         axes[0, column].set_title(title, fontsize=10)
         axes[1, column].imshow(photo.mean(axis=-1), cmap="gray", interpolation="bilinear")
-        axes[1, column].imshow(overlay, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+        height, width = photo.shape[:2]
+        axes[1, column].imshow(
+            overlay,
+            cmap="inferno",
+            alpha=0.6,
+            vmin=0,
+            vmax=1,
+            interpolation="bilinear",
+            extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+        )
     for axis in axes.flat:
         axis.set_axis_off()
     figure.suptitle("Photos, and where the class token looks (attention rollout)", fontsize=11)

@@ -172,7 +172,7 @@ def open_model(path):
 
 
 def open_keras(path):
-    from . import layers  # noqa: F401  registers the layers that the file names
+    from . import tnt, vit  # noqa: F401  registers the layers that the file names
 
     model = keras.models.load_model(path, compile=False)
     return (lambda images: model.predict(images, verbose=0)), tuple(model.input_shape[1:])
@@ -222,7 +222,7 @@ def main():
     parser.add_argument("model")
     parser.add_argument("targets", nargs="+")
     arguments = parser.parse_args()
-    from . import layers  # noqa: F401  registers the layers that the file names
+    from . import tnt, vit  # noqa: F401  registers the layers that the file names
 
     model = keras.models.load_model(arguments.model, compile=False)
     for target in arguments.targets:

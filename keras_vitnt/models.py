@@ -10,15 +10,13 @@ import re
 import keras
 from keras import layers
 
-from .layers import (
+from .tnt import PixelEmbedding, TNTBlock, WordsToPatch
+from .vit import (
     AttentionPooling,
     PatchEncoder,
     Patches,
-    PixelEmbedding,
-    TNTBlock,
     TokenPooling,
     TransformerBlock,
-    WordsToPatch,
     check_divisible,
     require,
 )

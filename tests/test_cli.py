@@ -106,7 +106,7 @@ def test_interrupted_training_keeps_a_state_to_resume(photos, tmp_path, monkeypa
     train += ["--image-size", 16, "--batch-size", 8]
     seen = []
 
-    def finish(model, validation, classes, folder, record):
+    def finish(model, validation, originals, classes, folder, record):
         seen.append(record["interrupted"])
 
     def stop_in_second_epoch(self, epoch, logs=None):

@@ -76,7 +76,7 @@ def test_batches_repeat_under_a_seed_and_differ_by_epoch():
         batches = datasets.Batches(
             photos, images.Preprocessing((16, 16)), 16, training.augment, seed
         )
-        batches.start(number)
+        batches.go_to(number)
         return [batches[i] for i in range(len(batches))]
 
     first, again, later, other = epoch(0), epoch(0), epoch(1), epoch(0, seed=1)

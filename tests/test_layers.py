@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 from helpers import numpy
 
-from keras_vitnt import layers as vitnt
+import keras_vitnt as kv
 from keras_vitnt.positions import resize, sincos2d
 
 # Layer, arguments, input shapes without batch, output shapes without batch.
 LAYERS = [
-    (vitnt.Patches, dict(patch_size=4), [(8, 12, 5)], [(6, 80)]),
-    (vitnt.PatchEncoder, dict(num_patches=6, projection_dim=10), [(6, 12)], [(7, 10)]),
+    (kv.Patches, dict(patch_size=4), [(8, 12, 5)], [(6, 80)]),
+    (kv.PatchEncoder, dict(num_patches=6, projection_dim=10), [(6, 12)], [(7, 10)]),
     (
-        vitnt.PatchEncoder,
+        kv.PatchEncoder,
         dict(
             num_patches=(2, 3),
             projection_dim=8,
@@ -26,37 +26,37 @@ LAYERS = [
         [(10, 8)],
     ),
     (
-        vitnt.PatchEncoder,
+        kv.PatchEncoder,
         dict(num_patches=(2, 3), positions="sincos2d", class_token=False),
         [(6, 12)],
         [(6, 12)],
     ),
-    (vitnt.Attention, dict(num_heads=2, qkv_bias=False, dropout=0.1), [(5, 6)], [(5, 6)]),
-    (vitnt.MLP, dict(mlp_dim=12, gelu="tanh"), [(5, 6)], [(5, 6)]),
-    (vitnt.LayerScale, dict(init_value=0.1), [(5, 6)], [(5, 6)]),
+    (kv.Attention, dict(num_heads=2, qkv_bias=False, dropout=0.1), [(5, 6)], [(5, 6)]),
+    (kv.MLP, dict(mlp_dim=12, gelu="tanh"), [(5, 6)], [(5, 6)]),
+    (kv.LayerScale, dict(init_value=0.1), [(5, 6)], [(5, 6)]),
     (
-        vitnt.TransformerBlock,
+        kv.TransformerBlock,
         dict(num_heads=2, mlp_dim=9, layer_scale=0.1, drop_path=0.2, dropout=0.1),
         [(5, 6)],
         [(5, 6)],
     ),
-    (vitnt.PixelEmbedding, dict(patch_size=8, inner_dim=5), [(16, 24, 2)], [(6, 4, 5)]),
+    (kv.PixelEmbedding, dict(patch_size=8, inner_dim=5), [(16, 24, 2)], [(6, 4, 5)]),
     (
-        vitnt.PixelEmbedding,
+        kv.PixelEmbedding,
         dict(patch_size=8, inner_dim=5, pixel_stride=2, layout="legacy", positions=False),
         [(16, 24, 2)],
         [(6, 16, 5)],
     ),
-    (vitnt.WordsToPatch, dict(dim=7), [(6, 4, 5)], [(6, 7)]),
-    (vitnt.WordsToPatch, dict(dim=7, layout="legacy"), [(6, 4, 5)], [(6, 7)]),
+    (kv.WordsToPatch, dict(dim=7), [(6, 4, 5)], [(6, 7)]),
+    (kv.WordsToPatch, dict(dim=7, layout="legacy"), [(6, 4, 5)], [(6, 7)]),
     (
-        vitnt.TNTBlock,
+        kv.TNTBlock,
         dict(num_heads=2, mlp_dim=12, inner_num_heads=1, inner_mlp_dim=8, drop_path=0.2),
         [(6, 4, 5), (7, 8)],
         [(6, 4, 5), (7, 8)],
     ),
-    (vitnt.TokenPooling, dict(pooling="avg", num_prefix_tokens=2), [(5, 6)], [(6,)]),
-    (vitnt.AttentionPooling, dict(num_heads=2, mlp_dim=9, num_prefix_tokens=1), [(5, 6)], [(6,)]),
+    (kv.TokenPooling, dict(pooling="avg", num_prefix_tokens=2), [(5, 6)], [(6,)]),
+    (kv.AttentionPooling, dict(num_heads=2, mlp_dim=9, num_prefix_tokens=1), [(5, 6)], [(6,)]),
 ]
 
 
@@ -97,7 +97,7 @@ def test_layer_contract(case, policy, tmp_path):
 
 def test_patches_and_projection_equal_a_strided_convolution():
     images = np.random.default_rng(0).normal(size=(2, 24, 16, 4)).astype("float32")
-    patches = vitnt.Patches(8)(images)
+    patches = kv.Patches(8)(images)
     conv = keras.layers.Conv2D(6, 8, strides=8)
     expected = numpy(conv(images)).reshape(2, 6, 6)
     kernel = numpy(conv.kernel).reshape(-1, 6)
@@ -106,7 +106,7 @@ def test_patches_and_projection_equal_a_strided_convolution():
 
 def test_patches_lose_nothing_and_keep_their_order():
     images = np.arange(2 * 4 * 6 * 3, dtype="float32").reshape(2, 4, 6, 3)
-    patches = numpy(vitnt.Patches(2)(images))
+    patches = numpy(kv.Patches(2)(images))
     for row in range(2):
         for column in range(3):
             square = images[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
@@ -118,14 +118,14 @@ def test_attention_is_not_causal(tokens):
     x = np.random.default_rng(0).normal(size=(1, tokens, 16)).astype("float32")
     changed = x.copy()
     changed[:, -1] += 1.0
-    layer = vitnt.Attention(2)
+    layer = kv.Attention(2)
     assert np.abs(numpy(layer(x)) - numpy(layer(changed)))[0, 0].max() > 1e-5
 
 
 @pytest.mark.parametrize("tokens", [5, 80])
 def test_attention_equals_its_scores_times_values(tokens):
     x = keras.random.normal((2, tokens, 12), seed=0)
-    layer = vitnt.Attention(3)
+    layer = kv.Attention(3)
     layer.build(x.shape)
     scores = numpy(layer.scores(x))
     np.testing.assert_allclose(scores.sum(-1), 1, atol=1e-5)
@@ -137,10 +137,10 @@ def test_attention_equals_its_scores_times_values(tokens):
 
 def test_drop_path_drops_whole_samples_and_whole_patches_of_tnt():
     x = np.random.default_rng(0).normal(size=(64, 5, 6)).astype("float32")
-    block = vitnt.TransformerBlock(2, 12, drop_path=0.5)
+    block = kv.TransformerBlock(2, 12, drop_path=0.5)
     changed = np.abs(numpy(block(x, training=True)) - x).reshape(64, -1).max(axis=1) > 0
     assert 0 < changed.sum() < 64
-    tnt = vitnt.TNTBlock(2, 12, 1, 8, drop_path=0.5)
+    tnt = kv.TNTBlock(2, 12, 1, 8, drop_path=0.5)
     pixels = np.random.default_rng(0).normal(size=(4, 32, 4, 6)).astype("float32")
     new, _ = tnt(pixels, np.ones((4, 33, 8), "float32"), training=True)
     per_patch = np.abs(numpy(new) - pixels).reshape(4, 32, -1).max(axis=2) > 0
@@ -150,13 +150,13 @@ def test_drop_path_drops_whole_samples_and_whole_patches_of_tnt():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: vitnt.Patches(5)(np.ones((1, 8, 10, 3))), "8 x 10 .* patches of 5 x 5"),
-        (lambda: vitnt.Attention(4)(np.ones((1, 3, 6))), "num_heads=4 does not divide"),
-        (lambda: vitnt.MLP(4, gelu="relu"), "gelu='relu'"),
-        (lambda: vitnt.PatchEncoder(4, 8, positions="rope"), "positions='rope'"),
-        (lambda: vitnt.PatchEncoder(4, 8, positions="sincos2d"), "needs the grid"),
-        (lambda: vitnt.PatchEncoder(4, 8)(np.ones((1, 5, 3))), "for 4 patches and got 5"),
-        (lambda: vitnt.WordsToPatch(4, layout="new"), "layout='new'"),
+        (lambda: kv.Patches(5)(np.ones((1, 8, 10, 3))), "8 x 10 .* patches of 5 x 5"),
+        (lambda: kv.Attention(4)(np.ones((1, 3, 6))), "num_heads=4 does not divide"),
+        (lambda: kv.MLP(4, gelu="relu"), "gelu='relu'"),
+        (lambda: kv.PatchEncoder(4, 8, positions="rope"), "positions='rope'"),
+        (lambda: kv.PatchEncoder(4, 8, positions="sincos2d"), "needs the grid"),
+        (lambda: kv.PatchEncoder(4, 8)(np.ones((1, 5, 3))), "for 4 patches and got 5"),
+        (lambda: kv.WordsToPatch(4, layout="new"), "layout='new'"),
         (lambda: sincos2d(2, 2, 6), "multiple of 4"),
         (lambda: resize(np.ones((7, 4)), (2, 2), (3, 3)), "has 4 rows"),
     ],

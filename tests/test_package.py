@@ -14,13 +14,14 @@ ALLOWED = {
     "images": set(),
     "training": set(),
     "report": set(),
-    "layers": {"positions"},
-    "models": {"layers", "weights"},
+    "vit": {"positions"},
+    "tnt": {"vit"},
+    "models": {"tnt", "vit", "weights"},
     "weights": {"positions"},
     "datasets": {"images"},
-    "export": {"layers"},
-    "explain": {"layers"},
-    "benchmark": {"layers"},
+    "export": {"tnt", "vit"},
+    "explain": {"tnt", "vit"},
+    "benchmark": {"tnt", "vit"},
 }
 
 

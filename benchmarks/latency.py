@@ -1,0 +1,54 @@
+"""Time one photo through each file of a run, side by side in one process.
+
+    python benchmarks/latency.py saved_models/signs
+
+The files take turns, so that a noisy machine is noisy for all; medians count. Before, every
+file must give what `model.keras` gives: float32 within 1e-4 of the largest logit, int8 the
+same top-1 answer on most photos.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+
+import keras_vitnt as kv
+from keras_vitnt.export import open_model
+
+ROUNDS = 200
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("run", type=Path, help="run folder")
+folder = parser.parse_args().run
+
+names = ["model.keras", "saved_model", "model.tflite", "model_int8.tflite"]
+files = [folder / name for name in names if (folder / name).exists()]
+models = {file.name: open_model(file) for file in files}
+shape = models["model.keras"][1]
+_, validation, _ = kv.load_dataset("embedded")
+preprocessing = kv.images.Preprocessing(shape[:2])
+photos = np.stack([kv.images.load(source, preprocessing) for source in validation.sources[::8]])
+
+expected = models["model.keras"][0](photos)
+for name, (run, _) in models.items():
+    logits = run(photos)
+    if "int8" in name:
+        assert (logits.argmax(-1) == expected.argmax(-1)).mean() > 0.9, name
+    else:
+        assert np.abs(logits - expected).max() <= 1e-4 * max(1, np.abs(expected).max()), name
+
+times = {name: [] for name in models}
+for i in range(ROUNDS):
+    photo = photos[i % len(photos)][None]
+    for name, (run, _) in models.items():
+        start = time.perf_counter()
+        run(photo)
+        times[name].append(time.perf_counter() - start)
+
+print("| file | size | median of a photo |")
+print("| --- | ---: | ---: |")
+for file in files:
+    parts = [file] if file.is_file() else [p for p in file.rglob("*") if p.is_file()]
+    size = sum(part.stat().st_size for part in parts) / 1e6
+    print(f"| `{file.name}` | {size:.2f} MB | {1e3 * np.median(times[file.name]):.2f} ms |")
