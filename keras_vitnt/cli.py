@@ -54,7 +54,7 @@ def parser():
             "such folders) or tfds:NAME (default: %(default)s, photos of hand signs)",
         )
         new.add_argument("--data-dir", help="where TensorFlow Datasets keeps its sets")
-        new.add_argument("--batch-size", type=positive, default=26, help="default: %(default)s")
+        new.add_argument("--batch-size", type=positive, default=32, help="default: %(default)s")
 
     new = command(
         "train",
@@ -70,7 +70,7 @@ def parser():
     data_options(new)
     new.add_argument("--model", default="tnt:Nano/8", help="FAMILY:SIZE/PATCH or timm's name")
     new.add_argument("--weights", help="checkpoint to start from; its head may be another's")
-    new.add_argument("--epochs", type=positive, default=26, help="default: %(default)s")
+    new.add_argument("--epochs", type=positive, default=28, help="default: %(default)s")
     new.add_argument(
         "--image-size", type=image_size, help="SIDE or HEIGHTxWIDTH (default: the model's, or 32)"
     )

@@ -26,7 +26,13 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_train_leaves_every_file_and_predicts(photos, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def shallow(monkeypatch):
+    """The default model with one block: the tests of the command need no more."""
+    monkeypatch.setitem(models.VARIANTS["TNT"]["Nano"], "depth", 1)
+
+
+def test_train_leaves_every_file_and_predicts(photos, shallow, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
     train = ["train", "--data", f"folder:{photos}", "--model", "tnt:Nano/8", "--epochs", 2]
     run(monkeypatch, *train, "--image-size", "16x24", "--batch-size", 8, "--output", output)
@@ -100,10 +106,12 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     assert f"keras-vitnt[{other}]" in capsys.readouterr().err
 
 
-def test_interrupted_training_keeps_a_state_to_resume(photos, tmp_path, monkeypatch, capsys):
+def test_interrupted_training_keeps_a_state_to_resume(
+    photos, shallow, tmp_path, monkeypatch, capsys
+):
     output = tmp_path / "run"
-    train = ["train", "--data", f"folder:{photos}", "--epochs", 3, "--output", output]
-    train += ["--image-size", 16, "--batch-size", 8]
+    train = ["train", "--data", f"folder:{photos}", "--epochs", 3, "--image-size", 16]
+    train += ["--batch-size", 8, "--output", output]
     seen = []
 
     def finish(model, validation, originals, classes, folder, record):
@@ -119,9 +127,14 @@ def test_interrupted_training_keeps_a_state_to_resume(photos, tmp_path, monkeypa
         run(monkeypatch, *train)
     assert "--resume" in capsys.readouterr().out
     run(monkeypatch, *train, "--resume")
-    assert seen == [True, False]
-    epochs = (output / "history.csv").read_text().splitlines()[1:]
-    assert [line.split(",")[0] for line in epochs] == ["0", "1", "2"]
+    assert seen == [True, False] and not (output / "backup").exists()
+    run(monkeypatch, *train[:-1], tmp_path / "whole")  # the same without a stop
+    resumed, whole = (
+        np.genfromtxt(folder / "history.csv", delimiter=",", skip_header=1)
+        for folder in (output, tmp_path / "whole")
+    )
+    assert resumed[:, 0].tolist() == [0, 1, 2]
+    np.testing.assert_allclose(resumed, whole, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

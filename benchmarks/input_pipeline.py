@@ -1,0 +1,45 @@
+"""What the input pipeline costs a training step on TensorFlow, on the embedded photos.
+
+    python benchmarks/input_pipeline.py
+
+Trains the same model on the same batches, given as a `PyDataset` (Keras makes it a
+`Dataset.from_generator`) and as `Batches.tf_dataset()`; each in processes of its own, in turn,
+because what the first does to the memory allocator stays. About three minutes.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+ONE = """
+import sys, time
+import keras
+from keras_vitnt import TNT, datasets, images, load_dataset, training
+photos, _ = datasets.decode_all(load_dataset("embedded")[0], (32, 32))
+batches = datasets.Batches(photos, images.Preprocessing((32, 32)), 32, training.augment)
+model = TNT("Nano/8", input_shape=(32, 32, 3), classes=10)
+training.compile_model(model, 1000)
+given = batches.tf_dataset() if sys.argv[1] == "tf_dataset" else batches
+model.fit(given, verbose=0)
+start = time.perf_counter()
+model.fit(given, verbose=0, epochs=2)
+print((time.perf_counter() - start) / 2 / len(batches))
+"""
+WAYS = ("PyDataset", "tf_dataset")
+
+times = {way: [] for way in WAYS}
+environment = dict(os.environ, KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="3")
+for _ in range(2):
+    for way in WAYS:
+        done = subprocess.run(
+            [sys.executable, "-c", ONE, way],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        times[way].append(float(done.stdout.split()[-1]))
+for way in WAYS:
+    print(f"{way:12} {1e3 * np.median(times[way]):6.0f} ms per step")
