@@ -75,9 +75,9 @@ def parser():
         "--image-size", type=image_size, help="SIDE or HEIGHTxWIDTH (default: the model's, or 32)"
     )
     new.add_argument(
-        "--lr", type=float, help="peak learning rate (default: 2e-3; 1e-4 with --weights)"
+        "--lr", type=float, help="peak learning rate (default: 3e-3; 1e-4 with --weights)"
     )
-    new.add_argument("--weight-decay", type=float, default=0.05, help="default: %(default)s")
+    new.add_argument("--weight-decay", type=float, default=0.1, help="default: %(default)s")
     new.add_argument("--drop-path", type=float, default=0.0, help="default: %(default)s")
     new.add_argument(
         "--augment", type=float, default=1.0, help="strength of augmentation, 0 for none: 1.0"
@@ -222,7 +222,7 @@ def train(arguments):
     training.compile_model(
         model,
         arguments.epochs * len(batches),
-        arguments.lr or (1e-4 if arguments.weights else 2e-3),
+        arguments.lr or (1e-4 if arguments.weights else 3e-3),
         arguments.weight_decay,
     )
     if folder.exists() and not resumes:

@@ -78,7 +78,7 @@ def schedule(lr, steps, warmup_steps):
 
 
 def compile_model(
-    model, steps, lr=2e-3, weight_decay=0.05, warmup=0.1, label_smoothing=0.1, clip=1.0
+    model, steps, lr=3e-3, weight_decay=0.1, warmup=0.1, label_smoothing=0.1, clip=1.0
 ):
     """Compile with the recipe: Muon, no decay of vectors, softmax cross-entropy.
 
