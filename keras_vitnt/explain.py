@@ -11,12 +11,14 @@ from .tnt import PixelEmbedding, TNTBlock, WordsToPatch
 from .vit import AttentionPooling, PatchEncoder, Patches, TokenPooling, TransformerBlock
 
 
-def block_inputs(model):
-    """The model's blocks, and a model that computes what each of them receives."""
+def block_inputs(model, images):
+    """The model's blocks, each with the list of tensors that it receives for these images."""
     found = [x for x in model.layers if isinstance(x, TransformerBlock | TNTBlock)]
     if not found:
         raise ValueError(f"{model.name!r} has no TransformerBlock or TNTBlock to look into.")
-    return found, keras.Model(model.input, [layer.input for layer in found])
+    wanted = keras.tree.flatten([layer.input for layer in found])
+    received = iter(keras.tree.flatten(keras.Model(model.input, wanted)(images)))
+    return [(x, [next(received) for _ in keras.tree.flatten(x.input)]) for x in found]
 
 
 def attention_maps(model, images):
@@ -34,23 +36,20 @@ def attention_maps(model, images):
         >>> attention_maps(ViT("Ti/16"), np.zeros((1, 224, 224, 3)))[0].shape
         (1, 3, 197, 197)
     """
-    found, inputs = block_inputs(model)
     maps = []
-    for layer, received in zip(found, inputs(images)):
-        if isinstance(layer, TNTBlock):
-            maps.append(ops.convert_to_numpy(layer.attention_scores(*received)[1]))
-        else:
-            maps.append(ops.convert_to_numpy(layer.attention_scores(received)))
+    for layer, received in block_inputs(model, images):
+        scores = layer.attention_scores(*received)
+        maps.append(ops.convert_to_numpy(scores[1] if isinstance(layer, TNTBlock) else scores))
     return maps
 
 
 def inner_attention_maps(model, images):
     """TNT's attention among the words of each patch: (B, N, h, M, M) per block."""
-    found, inputs = block_inputs(model)
-    if not isinstance(found[0], TNTBlock):
+    found = block_inputs(model, images)
+    if not isinstance(found[0][0], TNTBlock):
         raise ValueError(f"{model.name!r} is no TNT: it has no inner attention.")
     maps = []
-    for layer, (pixels, patches) in zip(found, inputs(images)):
+    for layer, (pixels, patches) in found:
         inner = ops.convert_to_numpy(layer.attention_scores(pixels, patches)[0])
         maps.append(inner.reshape(-1, pixels.shape[1], *inner.shape[1:]))
     return maps

@@ -187,13 +187,25 @@ def test_patch_order_matters_only_through_positions(builder, options):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_trains(name, policy, jit):
     """A whole batch and a ragged last one of one photo give finite losses."""
-    if jit and keras.backend.backend() == "torch":
-        jit = name == "vit"  # torch.compile takes half a minute for each model
+    jit = jit and keras.backend.backend() != "torch"  # see test_torch_compile_trains
     builder, options = OPTIONS[name]
     depth = 2 if "drop_path" in options else 1  # the first block drops no path
     model = builder(**dict(options, depth=depth), dtype=policy)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=name != "vit-softmax")
     model.compile("sgd", loss, jit_compile=jit)
+    history = model.fit(photos(3), np.array([0, 1, 2]), batch_size=2, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="torch's own compiler")
+@pytest.mark.parametrize("name", ["vit", "tnt"])
+def test_torch_compile_trains(name):
+    """Minutes of compilation for a tiny model, hence not in the default run."""
+    builder, options = OPTIONS[name]
+    model = builder(**dict(options, depth=1))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, jit_compile=True)
     history = model.fit(photos(3), np.array([0, 1, 2]), batch_size=2, verbose=0).history
     assert np.isfinite(history["loss"]).all()
 
