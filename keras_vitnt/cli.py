@@ -329,7 +329,7 @@ def draw(model, validation, originals, classes, predicted, folder):
     titles = [
         classes[labels[i]]
         if labels[i] == predicted[i]
-        else f"{classes[labels[i]]}, taken for {classes[predicted[i]]}"
+        else f"{classes[labels[i]]}\ntaken for {classes[predicted[i]]}"
         for i in shown
     ]
     x = np.stack([validation.pixels(i) for i in shown])
