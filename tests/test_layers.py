@@ -8,6 +8,8 @@ from helpers import numpy
 import keras_vitnt as kv
 from keras_vitnt.positions import resize, sincos2d
 
+# Whichever compiles faster: JAX without jit compiles every operation by itself.
+JIT = keras.backend.backend() == "jax"
 # Layer, arguments, input shapes without batch, output shapes without batch.
 LAYERS = [
     (kv.Patches, dict(patch_size=4), [(8, 12, 5)], [(6, 80)]),
@@ -89,7 +91,7 @@ def test_layer_contract(case, policy, tmp_path):
         np.testing.assert_allclose(numpy(y).astype("float32"), expected, atol=1e-6)
 
     if model.trainable_variables:
-        model.compile("sgd", ["mse"] * len(outputs), jit_compile=False)
+        model.compile("sgd", ["mse"] * len(outputs), jit_compile=JIT)
         targets = [np.zeros((batch, *shape), "float32") for shape in output_shapes]
         losses = model.fit(x, targets, batch_size=2, verbose=0).history["loss"]
         assert np.isfinite(losses).all()
