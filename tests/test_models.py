@@ -187,7 +187,7 @@ def test_patch_order_matters_only_through_positions(builder, options):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_trains(name, policy, jit):
     """A whole batch and a ragged last one of one photo give finite losses."""
-    jit = jit and keras.backend.backend() != "torch"  # see test_torch_compile_trains
+    jit = jit and keras.backend.backend() != "torch"  # see the next test
     builder, options = OPTIONS[name]
     depth = 2 if "drop_path" in options else 1  # the first block drops no path
     model = builder(**dict(options, depth=depth), dtype=policy)
@@ -198,10 +198,9 @@ def test_every_option_trains(name, policy, jit):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="torch's own compiler")
 @pytest.mark.parametrize("name", ["vit", "tnt"])
-def test_torch_compile_trains(name):
-    """Minutes of compilation for a tiny model, hence not in the default run."""
+def test_jit_trains_without_mixed_precision(name):
+    """On torch, minutes of compilation for a tiny model: not in the default run."""
     builder, options = OPTIONS[name]
     model = builder(**dict(options, depth=1))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
