@@ -3,7 +3,8 @@
     python examples/from_scratch.py
 
 Any Keras backend (KERAS_BACKEND=jax, torch or tensorflow); five epochs, 72 s on two slow
-cores, 59 % of the augmented training photos. The command `keras-vitnt train` does this for longer, and exports.
+cores, 59 % of the augmented training photos. The command `keras-vitnt train`
+does this for longer, and exports.
 """
 
 import keras_vitnt as kv
