@@ -68,5 +68,16 @@ def metadata(path):
     return json.loads(header[8 : 8 + length])["__metadata__"]
 
 
+def forward(model, x):
+    """The model's outputs; compiled on JAX, which otherwise compiles each operation by itself."""
+    if keras.backend.backend() != "jax":
+        return model(x)
+    import jax
+
+    weights = [[v.value for v in model.trainable_variables]]
+    weights.append([v.value for v in model.non_trainable_variables])
+    return jax.jit(lambda *w: model.stateless_call(*w, x)[0])(*weights)
+
+
 def numpy(x):
     return np.asarray(keras.ops.convert_to_numpy(x))

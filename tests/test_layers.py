@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import numpy
+from helpers import forward, numpy
 
 import keras_vitnt as kv
 from keras_vitnt.positions import resize, sincos2d
@@ -80,15 +80,16 @@ def test_layer_contract(case, policy, tmp_path):
     batch = 3
     rng = np.random.default_rng(0)
     x = [rng.normal(size=(batch, *shape)).astype("float32") for shape in input_shapes]
-    for y, shape in zip(keras.tree.flatten(model(x)), output_shapes):
+    before = keras.tree.flatten(forward(model, x))
+    for y, shape in zip(before, output_shapes):
         assert tuple(y.shape) == (batch, *shape)
         assert keras.backend.standardize_dtype(y.dtype) == again.compute_dtype
 
-    before = [numpy(y).astype("float32") for y in keras.tree.flatten(model(x))]
     model.save(tmp_path / "layer.keras")
     loaded = keras.models.load_model(tmp_path / "layer.keras")
-    for y, expected in zip(keras.tree.flatten(loaded(x)), before):
-        np.testing.assert_allclose(numpy(y).astype("float32"), expected, atol=1e-6)
+    for y, expected in zip(keras.tree.flatten(forward(loaded, x)), before):
+        y, expected = (numpy(value).astype("float32") for value in (y, expected))
+        np.testing.assert_allclose(y, expected, atol=1e-6)
 
     if model.trainable_variables:
         model.compile("sgd", ["mse"] * len(outputs), jit_compile=JIT)

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import CASES, REFERENCE, numpy, weights_file
+from helpers import CASES, REFERENCE, forward, numpy, weights_file
 
 from keras_vitnt import load_weights
 from keras_vitnt.models import blocks
@@ -32,7 +32,8 @@ def compare_stages(case):
     expected = dict(np.load(REFERENCE / f"{case}.npz"))
     image = expected.pop("image")
     ours = stages(model)
-    values = keras.Model(model.input, {name: ours[name] for name in expected})(image)
+    staged = keras.Model(model.input, {name: ours[name] for name in expected})
+    values = forward(staged, image)
     for name, reference in expected.items():
         yield name, numpy(values[name]).reshape(reference.shape), reference
 
