@@ -17,8 +17,9 @@ ONE = """
 import sys, time
 import keras
 from keras_vitnt import TNT, datasets, images, load_dataset, training
-photos, _ = datasets.decode_all(load_dataset("embedded")[0], (32, 32))
-batches = datasets.Batches(photos, images.Preprocessing((32, 32)), 32, training.augment)
+preprocessing = images.Preprocessing((32, 32))
+photos, _ = datasets.decode_all(load_dataset("embedded")[0], preprocessing)
+batches = datasets.Batches(photos, preprocessing, 32, training.augment)
 model = TNT("Nano/8", input_shape=(32, 32, 3), classes=10)
 training.compile_model(model, 1000)
 given = batches.tf_dataset() if sys.argv[1] == "tf_dataset" else batches

@@ -11,11 +11,11 @@ import keras_vitnt as kv
 from keras_vitnt import datasets, training
 
 size, epochs = (32, 32), 5
-train, validation, classes = kv.load_dataset("embedded")
-train, _ = datasets.decode_all(train, size)
-validation, _ = datasets.decode_all(validation, size)
-
 preprocessing = kv.images.Preprocessing(size)
+train, validation, classes = kv.load_dataset("embedded")
+train, _ = datasets.decode_all(train, preprocessing)
+validation, _ = datasets.decode_all(validation, preprocessing)
+
 batches = datasets.Batches(train, preprocessing, batch_size=32, augment=training.augment)
 held_out = datasets.Batches(validation, preprocessing, batch_size=128)
 

@@ -10,6 +10,10 @@ from .models import DeiT as DeiT
 from .models import ViT as ViT
 from .models import create_model as create_model
 from .models import features as features
+from .pretrained import decode_predictions as decode_predictions
+from .pretrained import from_checkpoint as from_checkpoint
+from .pretrained import inspect as inspect
+from .pretrained import preprocessing as preprocessing
 from .tnt import PixelEmbedding as PixelEmbedding
 from .tnt import TNTBlock as TNTBlock
 from .tnt import WordsToPatch as WordsToPatch
@@ -22,5 +26,6 @@ from .vit import Patches as Patches
 from .vit import TokenPooling as TokenPooling
 from .vit import TransformerBlock as TransformerBlock
 from .weights import load_weights as load_weights
+from .weights import save_weights as save_weights
 
 __version__ = "0.1.0"

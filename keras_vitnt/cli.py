@@ -8,18 +8,23 @@ import shlex
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import keras
 import numpy as np
 
-from . import benchmark, datasets, explain, images, models, report, training
-from .export import compare, copy, export_all, open_model
-from .weights import load_weights
+from . import benchmark, datasets, explain, images, models, pretrained, report, training
+from .checkpoints import is_checkpoint
+from .export import compare, copy, export, export_all, format_of, open_model
+from .weights import load_weights, save_weights
 
 PICTURES = ("curves.png", "confusion.png", "attention.png")
 # What a float32 file may differ from Keras, relative to the largest logit (at least 1).
 FLOAT_TOLERANCE = 1e-4
+OPENED = (
+    "run folder, .keras, .tflite, SavedModel, or a checkpoint (hf:OWNER/NAME, .safetensors, ...)"
+)
 
 
 def parser():
@@ -64,12 +69,18 @@ def parser():
             "train",
             "train --data folder:photos --image-size 64 --epochs 100",
             "train --model vit:Nano/4 --data tfds:cifar10 --epochs 20 --output saved_models/cifar",
+            "train --weights hf:timm/tnt_s_patch16_224.in1k --data folder:photos",
             "train --resume            # go on after Ctrl-C",
         ],
     )
     data_options(new)
-    new.add_argument("--model", default="tnt:Nano/8", help="FAMILY:SIZE/PATCH or timm's name")
-    new.add_argument("--weights", help="checkpoint to start from; its head may be another's")
+    new.add_argument(
+        "--model",
+        help="FAMILY:SIZE/PATCH or timm's name (default: what --weights holds, else tnt:Nano/8)",
+    )
+    new.add_argument(
+        "--weights", help="checkpoint or hf:OWNER/NAME to start from; its head may be another's"
+    )
     new.add_argument("--epochs", type=positive, default=28, help="default: %(default)s")
     new.add_argument(
         "--image-size", type=image_size, help="SIDE or HEIGHTxWIDTH (default: the model's, or 32)"
@@ -96,9 +107,10 @@ def parser():
         [
             "predict saved_models/signs hand.jpg",
             "predict saved_models/signs/model_int8.tflite a.jpg b.jpg",
+            "predict hf:timm/tnt_s_patch16_224.in1k cat.jpg",
         ],
     )
-    new.add_argument("model", type=Path, help="run folder, .keras, .tflite or SavedModel")
+    new.add_argument("model", help=OPENED)
     new.add_argument("images", nargs="+", type=Path)
     new.add_argument("--top", type=positive, default=5, help="default: %(default)s")
 
@@ -108,8 +120,46 @@ def parser():
         "measure a model or file on a data set's validation part",
         ["evaluate saved_models/signs", "evaluate saved_models/signs/model_int8.tflite"],
     )
-    new.add_argument("model", type=Path, help="run folder, .keras, .tflite or SavedModel")
+    new.add_argument("model", help=OPENED)
     data_options(new)
+
+    def checkpoint_options(new):
+        new.add_argument("source", help="checkpoint, folder with one, or hf:OWNER/NAME[@REVISION]")
+        new.add_argument("--image-size", type=image_size, help="SIDE or HEIGHTxWIDTH")
+        new.add_argument("--classes", type=positive, help="with a new head for so many classes")
+        new.add_argument("--num-heads", type=positive, help="where the checkpoint does not say")
+        new.add_argument("--inner-num-heads", type=positive, help="of TNT, likewise")
+
+    new = command(
+        "inspect",
+        inspect,
+        "tell what a checkpoint holds and what loading it would do",
+        ["inspect vit_base.safetensors", "inspect hf:timm/tnt_s_patch16_224.in1k --variables"],
+    )
+    checkpoint_options(new)
+    new.add_argument("--variables", action="store_true", help="a line for every variable")
+
+    new = command(
+        "convert",
+        convert,
+        "convert a public checkpoint: to Keras, LiteRT, SavedModel, or other names",
+        [
+            "convert tnt_s_81.5.pth.tar tnt_s.keras",
+            "convert hf:google/vit-base-patch16-224 vit.tflite",
+            "convert B_16.npz vit_b.safetensors --names huggingface",
+        ],
+    )
+    checkpoint_options(new)
+    new.add_argument(
+        "output", type=Path, help="x.keras, x.tflite, x.safetensors, or a SavedModel's folder"
+    )
+    new.add_argument(
+        "--names",
+        choices=("timm", "huggingface"),
+        default="timm",
+        help="of the arrays in .safetensors (default: %(default)s)",
+    )
+    new.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
     command(
         "models", list_models, "list the variants with parameters and multiply-adds", ["models"]
@@ -160,7 +210,7 @@ def check_backend(name):
     os.execve(sys.executable, command, dict(os.environ, KERAS_BACKEND=name))
 
 
-def decode_photos(arguments, train, validation, classes, size):
+def decode_photos(arguments, train, validation, classes, preprocessing):
     """Both parts decoded at a size, with a progress bar; faults are counted and named."""
     from rich.progress import Progress
 
@@ -168,7 +218,7 @@ def decode_photos(arguments, train, validation, classes, size):
     with Progress(transient=True) as bar:
         task = bar.add_task("Decoding photos", total=len(train.labels) + len(validation.labels))
         for part in (train, validation):
-            good, bad = datasets.decode_all(part, size, lambda: bar.advance(task))
+            good, bad = datasets.decode_all(part, preprocessing, lambda: bar.advance(task))
             decoded.append(good)
             faults += bad
     if faults:
@@ -179,8 +229,48 @@ def decode_photos(arguments, train, validation, classes, size):
     return decoded
 
 
+def stem(source):
+    """The last part of a path or hub name, without suffix or revision."""
+    return source.split("@")[0].strip("/").split("/")[-1].split(".safetensors")[0]
+
+
+def architecture(arguments, label):
+    """(function of the last options -> model, preprocessing) that `train` was asked for."""
+    if arguments.weights and not arguments.model:
+        asked = {"input_shape": (*arguments.image_size, 3)} if arguments.image_size else {}
+        facts, _ = pretrained.inspect(arguments.weights, **asked)
+
+        def build(**options):
+            model, found = pretrained.from_checkpoint(
+                arguments.weights, report=True, **asked, **options
+            )
+            print_loaded(arguments.weights, found)
+            return model
+
+        return build, images.Preprocessing(**facts["preprocessing"])
+    shape = shaped(label, arguments.image_size, (32, 32))
+    family = models.parse_name(label)[0]
+    size = models.blueprint(models.create_model, label, **shape).input_shape[1:3]
+
+    def build(**options):
+        model = models.create_model(label, **shape, **options)
+        if arguments.weights:
+            print_loaded(arguments.weights, load_weights(model, arguments.weights, new_head=True))
+        return model
+
+    if arguments.weights:
+        return build, pretrained.preprocessing(arguments.weights, size)
+    return build, images.Preprocessing(size, *pretrained.normalization(family.__name__))
+
+
+def print_loaded(source, found):
+    new = [row.variable for row in found.rows if row.action == "re-initialised"]
+    print(f"Weights: {source}" + (f"; new: {', '.join(new)}" if new else ""))
+
+
 def train(arguments):
-    name = f"{arguments.model}-{arguments.data.split(':')[-1].strip('/').split('/')[-1]}"
+    label = arguments.model or (arguments.weights and stem(arguments.weights)) or "tnt:Nano/8"
+    name = f"{label}-{arguments.data.split(':')[-1].strip('/').split('/')[-1]}"
     folder = arguments.output or Path("saved_models") / name.translate(str.maketrans(":/", "__"))
     resumes = arguments.resume and (folder / "backup").is_dir()
     if arguments.resume and not resumes:
@@ -188,25 +278,18 @@ def train(arguments):
     if folder.exists() and not (arguments.overwrite or resumes):
         raise FileExistsError(f"{folder} exists: pass --overwrite, or another --output.")
 
-    options = shaped(arguments.model, arguments.image_size, (32, 32))
-    if arguments.mixed_precision:
-        options["dtype"] = "mixed_bfloat16"
-    family = models.parse_name(arguments.model)[0].__name__.lower()
     # Model, data and weights are checked before anything slow, or written, begins.
-    size = models.blueprint(models.create_model, arguments.model, **options).input_shape[1:3]
-    preprocessing = images.Preprocessing(size, *images.NORMALIZATION[family])
+    build, preprocessing = architecture(arguments, label)
     photos, held_out, classes = datasets.load_dataset(arguments.data, arguments.data_dir)
     keras.utils.set_random_seed(arguments.seed)
-    model = models.create_model(
-        arguments.model, classes=len(classes), drop_path=arguments.drop_path, **options
-    )
-    if arguments.weights:
-        loaded = load_weights(model, arguments.weights, new_head=True)
-        new = [row.variable for row in loaded.rows if row.action == "re-initialised"]
-        print(f"Weights: {arguments.weights}" + (f"; new: {', '.join(new)}" if new else ""))
+    options = {"classes": len(classes), "drop_path": arguments.drop_path}
+    if arguments.mixed_precision:
+        options["dtype"] = "mixed_bfloat16"
+    model = build(**options)
+    size = preprocessing.size
     originals = dict(zip(held_out.names, held_out.sources))
-    photos, held_out = decode_photos(arguments, photos, held_out, classes, size)
-    print(f"Model: {arguments.model}, {model.count_params():,} parameters, {size[0]} x {size[1]}")
+    photos, held_out = decode_photos(arguments, photos, held_out, classes, preprocessing)
+    print(f"Model: {label}, {model.count_params():,} parameters, {size[0]} x {size[1]}")
 
     def augment(pixels, rng):
         return training.augment(pixels, rng, arguments.augment, arguments.flip)
@@ -244,7 +327,7 @@ def train(arguments):
         print("\nStopped. Keeping what was learned; `--resume` goes on from the last whole epoch.")
     record = {
         "command": shlex.join(["keras-vitnt", *sys.argv[1:]]),
-        "model": arguments.model,
+        "model": label,
         "parameters": model.count_params(),
         "multiply_adds": benchmark.multiply_adds(model),
         "data": arguments.data,
@@ -322,8 +405,9 @@ def draw(model, validation, originals, classes, predicted, folder):
     shown = [np.flatnonzero(labels == label)[0] for label in np.unique(labels)[:8]]
     height, width = validation.preprocessing.size
     larger = max(1, 160 // min(height, width))  # people see more than a small model does
+    sharp = validation.preprocessing._replace(size=(larger * height, larger * width))
     pixels = [
-        images.fit(images.decode(originals[name]), (larger * height, larger * width))
+        images.fit(images.decode(originals[name]), sharp)
         for name in (validation.photos.names[i] for i in shown)
     ]
     titles = [
@@ -357,29 +441,103 @@ def print_summary(folder, record):
     print(f"Next: keras-vitnt predict {folder} PHOTO...")
 
 
-def resolve(path):
-    """A run folder or file -> (function, preprocessing, class names) from what lies beside it."""
+def resolve(source):
+    """What is to be opened -> (function, preprocessing, class names), from what lies beside it."""
+    if is_checkpoint(source):
+        facts, _ = pretrained.inspect(source)
+        model = pretrained.from_checkpoint(source)
+        return (
+            lambda x: model.predict(x, verbose=0),
+            images.Preprocessing(**facts["preprocessing"]),
+            facts["names"],
+        )
+    path = Path(source)
     file = path / "model.keras" if (path / "model.keras").is_file() else path
     run, shape = open_model(file)
-    beside = file.parent
-    preprocessing = images.Preprocessing(shape[:2])
-    if (beside / "metrics.json").is_file():
-        record = json.loads((beside / "metrics.json").read_text())["preprocessing"]
-        preprocessing = images.Preprocessing(**{**record, "size": shape[:2]})
-    labels = beside / "labels.txt"
-    names = labels.read_text().splitlines() if labels.is_file() else None
+    preprocessing, names = images.Preprocessing(shape[:2]), None
+    converted, record = file.with_suffix(".json"), file.parent / "metrics.json"
+    labels = file.parent / "labels.txt"
+    if converted.is_file():
+        found = json.loads(converted.read_text())
+        preprocessing, names = images.Preprocessing(**found["preprocessing"]), found["names"]
+    elif record.is_file():
+        found = json.loads(record.read_text())["preprocessing"]
+        preprocessing = images.Preprocessing(**{**found, "size": shape[:2]})
+        names = labels.read_text().splitlines() if labels.is_file() else None
     return run, preprocessing, names
 
 
 def predict(arguments):
     run, preprocessing, names = resolve(arguments.model)
     inputs = np.stack([images.load(path, preprocessing) for path in arguments.images])
-    for path, logits in zip(arguments.images, run(inputs)):
-        shares = np.exp(logits - logits.max())
-        shares /= shares.sum()
+    logits = run(inputs)
+    names = names or [f"class {i}" for i in range(logits.shape[1])]
+    for path, best in zip(
+        arguments.images, pretrained.decode_predictions(logits, arguments.top, names)
+    ):
         print(path)
-        for i in np.argsort(-shares)[: arguments.top]:
-            print(f"  {shares[i]:7.2%}  {names[i] if names else f'class {i}'}")
+        for name, share in best:
+            print(f"  {share:7.2%}  {name}")
+
+
+def overrides(arguments):
+    """The options of `inspect` and `convert` for `from_checkpoint`."""
+    asked = {name: getattr(arguments, name) for name in ("classes", "num_heads", "inner_num_heads")}
+    asked = {name: value for name, value in asked.items() if value}
+    if arguments.image_size:
+        asked["input_shape"] = (*arguments.image_size, 3)
+    return asked
+
+
+def inspect(arguments):
+    from rich.console import Console
+    from rich.table import Table
+
+    facts, found = pretrained.inspect(arguments.source, **overrides(arguments))
+    names = facts.pop("names")
+    table = Table(title=f"{arguments.source}: {found.scheme}", show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, f"{value:,}" if name == "parameters" else str(value))
+    if names:
+        table.add_row("names", ", ".join(names[:4]) + (", ..." if len(names) > 4 else ""))
+    Console().print(table)
+    actions = Counter(row.action for row in found.rows)
+    print(f"{len(found.rows)} variables: {', '.join(f'{n} {a}' for a, n in actions.items())}")
+    if arguments.variables:
+        print(found)
+        return
+    for name, reason in found.unused.items():
+        print(f"unused: {name} ({reason})")
+    print("\n".join(found.notes))
+
+
+def convert(arguments):
+    from rich.console import Console
+
+    output = arguments.output
+    if output.suffix != ".safetensors" and format_of(output) is None:
+        raise ValueError(
+            f"Unknown format of {output}: expected .keras, .tflite, .safetensors, or a folder's "
+            "name without suffix for a SavedModel."
+        )
+    if output.exists() and not arguments.overwrite:
+        raise FileExistsError(f"{output} exists: pass --overwrite, or another name.")
+    asked = overrides(arguments)
+    with Console().status(f"Converting {arguments.source} ..."):
+        facts, _ = pretrained.inspect(arguments.source, **asked)
+        model, found = pretrained.from_checkpoint(arguments.source, report=True, **asked)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.suffix == ".safetensors":
+            expected = images.Preprocessing(**facts["preprocessing"])
+            save_weights(model, output, arguments.names, expected)
+        else:
+            export(model, output)
+            beside = {key: facts[key] for key in ("preprocessing", "names")}
+            record = {"source": arguments.source, **beside}
+            output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    print_loaded(f"{arguments.source} ({found.scheme})", found)
+    print("\n".join(found.notes))
+    print(f"{output}: {model.count_params():,} parameters, {size_of(output) / 1e6:.2f} MB")
 
 
 def evaluate(arguments):
@@ -390,7 +548,7 @@ def evaluate(arguments):
             f"{arguments.model} knows the classes {', '.join(names)}; {arguments.data} has "
             f"{', '.join(classes)}."
         )
-    _, held_out = decode_photos(arguments, rest, held_out, classes, preprocessing.size)
+    _, held_out = decode_photos(arguments, rest, held_out, classes, preprocessing)
     batches = datasets.Batches(held_out, preprocessing, arguments.batch_size)
     start = time.perf_counter()
     logits = np.concatenate([run(batches[i][0]) for i in range(len(batches))])

@@ -174,12 +174,12 @@ def read_tfds(name, data_dir):
     return read("train"), read(held_out) if held_out else None, list(classes)
 
 
-def decode_all(photos, size, progress=None):
-    """Decode every photo once, at the model's size; leave out those that cannot be read.
+def decode_all(photos, preprocessing, progress=None):
+    """Decode every photo once, as the model sees it; leave out those that cannot be read.
 
     Args:
         photos: a `Photos`.
-        size: (height, width).
+        preprocessing: an `images.Preprocessing`.
         progress: called after each photo, or None.
 
     Returns:
@@ -189,12 +189,13 @@ def decode_all(photos, size, progress=None):
     Raises:
         ValueError: if half of the photos or more cannot be read, or a class lost all.
     """
-    keep = CACHE_BYTES // (size[0] * size[1] * 3)
+    keep = CACHE_BYTES // (preprocessing.size[0] * preprocessing.size[1] * 3)
 
     def read(i):
         try:
-            pixels = images.fit(images.decode(photos.sources[i]), size)
-            return (pixels if i < keep else photos.sources[i]), None
+            source = photos.sources[i]
+            pixels = images.fit(images.decode(source), preprocessing)
+            return (pixels if i < keep or isinstance(source, np.ndarray) else source), None
         except ValueError as error:
             return None, str(error).replace("the image", photos.names[i])
         finally:
@@ -261,7 +262,7 @@ class Batches(keras.utils.PyDataset):
         source = self.photos.sources[i]
         if isinstance(source, np.ndarray) and source.shape[:2] == tuple(self.preprocessing.size):
             return source
-        return images.fit(images.decode(source), self.preprocessing.size, self.preprocessing.crop)
+        return images.fit(images.decode(source), self.preprocessing)
 
     def __getitem__(self, index):
         chosen = self.order[index * self.batch_size : (index + 1) * self.batch_size]

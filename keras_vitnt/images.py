@@ -1,6 +1,6 @@
 """A photo -> a model's input: one way for training, prediction, calibration and export.
 
-decode -> resize to cover and crop the centre (PIL's bicubic, antialiased) -> normalise.
+decode -> resize (PIL's, antialiased) and crop the centre -> normalise.
 """
 
 import io
@@ -11,13 +11,6 @@ import numpy as np
 
 MAX_PIXELS = 64_000_000  # a decompression bomb is refused before it is decoded
 
-# (mean, std) that each family's public checkpoints were trained with.
-NORMALIZATION = {
-    "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "tnt": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-
 
 class Preprocessing(NamedTuple):
     """What a model expects of its images.
@@ -25,13 +18,17 @@ class Preprocessing(NamedTuple):
     Attributes:
         size: (height, width) in pixels.
         mean, std: per channel, for pixels in 0..1: (x / 255 - mean) / std.
-        crop: the centre part of the covering resize that is kept (timm: `crop_pct`).
+        crop: the centre part of the resized image that is kept (timm: `crop_pct`).
+        interpolation: "bicubic" or "bilinear", both antialiased.
+        squash: resize to the size whatever the proportions, instead of covering it.
     """
 
     size: tuple
     mean: tuple = (0.5, 0.5, 0.5)
     std: tuple = (0.5, 0.5, 0.5)
     crop: float = 1.0
+    interpolation: str = "bicubic"
+    squash: bool = False
 
 
 def decode(source):
@@ -64,16 +61,23 @@ def decode(source):
         raise ValueError(f"{name} cannot be read: {reason}") from error
 
 
-def fit(image, size, crop=1.0):
-    """Resize a PIL image to cover `size` / `crop` and cut the centre: uint8 (H, W, 3)."""
+def fit(image, preprocessing):
+    """Resize a PIL image as `preprocessing` says and cut the centre: uint8 (H, W, 3).
+
+    Sides and offsets are rounded as torchvision rounds them, which timm uses.
+    """
     from PIL import Image
 
-    height, width = size
-    scale = max(height / image.height, width / image.width) / crop
-    resized = (max(round(image.width * scale), width), max(round(image.height * scale), height))
-    if resized != image.size:
-        image = image.resize(resized, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
+    height, width = preprocessing.size
+    rows, columns = (int(side / preprocessing.crop) for side in preprocessing.size)
+    if not preprocessing.squash:  # one side fits, the other exceeds
+        if rows * image.width >= columns * image.height:
+            columns = int(rows * image.width / image.height)
+        else:
+            rows = int(columns * image.height / image.width)
+    if (columns, rows) != image.size:
+        image = image.resize((columns, rows), Image.Resampling[preprocessing.interpolation.upper()])
+    left, top = round((columns - width) / 2), round((rows - height) / 2)
     return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
@@ -95,4 +99,4 @@ def load(source, preprocessing):
         >>> load("photo.jpg", Preprocessing((224, 224))).shape
         (224, 224, 3)
     """
-    return normalize(fit(decode(source), preprocessing.size, preprocessing.crop), preprocessing)
+    return normalize(fit(decode(source), preprocessing), preprocessing)

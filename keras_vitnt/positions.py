@@ -30,39 +30,64 @@ def sincos2d(rows, columns, dim, temperature=10000.0):
     return np.concatenate(table, axis=1).astype("float32")
 
 
-def _cubic(x):
-    """The cubic convolution kernel of Keys (1981) with a = -0.5, zero beyond 2."""
+def _cubic(x, a):
+    """The cubic convolution kernel of Keys (1981), zero beyond 2."""
     x = np.abs(x)
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = a * (((x - 5) * x + 8) * x - 4)
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
+# Matrices (new, old) of a resize along one axis.
+
+
 def _bicubic_antialias(old, new):
-    """The (new, old) matrix of a bicubic, antialiased resize along one axis."""
     step = old / new
     widen = max(step, 1.0)  # when shrinking, the kernel covers all that it averages
     centres = (np.arange(new) + 0.5) * step
     distance = (np.arange(old)[None, :] + 0.5 - centres[:, None]) / widen
-    matrix = _cubic(distance)
+    matrix = _cubic(distance, -0.5)
     return matrix / matrix.sum(axis=1, keepdims=True)
 
 
-def resize(table, old_grid, new_grid, prefix=0):
-    """Resample a position table to another grid, as timm does: bicubic with antialias.
+def _bicubic(old, new):
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    taps = np.floor(centres).astype(int)[:, None] + np.arange(-1, 3)
+    weights = _cubic(taps - centres[:, None], -0.75)
+    matrix = np.zeros((new, old))  # beyond the border the last value goes on
+    np.add.at(matrix, (np.arange(new)[:, None], taps.clip(0, old - 1)), weights)
+    return matrix
+
+
+def _bilinear_corners(old, new):
+    places = np.linspace(0, old - 1, new)
+    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(old)))
+
+
+METHODS = {"timm": _bicubic_antialias, "google": _bilinear_corners, "deit": _bicubic}
+
+
+def resize(table, old_grid, new_grid, prefix=0, method="timm"):
+    """Resample a position table to another grid.
 
     Args:
         table: array (..., prefix + old_rows * old_columns, D).
         old_grid, new_grid: (rows, columns).
         prefix: leading tokens (class, distillation, registers) kept untouched.
+        method: as whose code does it: "timm" (bicubic, antialiased), "google" (bilinear
+            between the corners, as scipy's zoom of order 1), "deit" (bicubic as PyTorch's,
+            without antialiasing). The three differ visibly.
 
     Returns:
         Array (..., prefix + new_rows * new_columns, D) in the table's dtype; the table
         itself where the grids are equal.
 
     Raises:
-        ValueError: if the table does not hold `prefix` tokens and the old grid.
+        ValueError: if the table does not hold `prefix` tokens and the old grid, or for an
+            unknown method.
     """
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}; got {method!r}.")
     table = np.asarray(table)
     rows, columns = old_grid
     if table.shape[-2] != prefix + rows * columns:
@@ -74,8 +99,8 @@ def resize(table, old_grid, new_grid, prefix=0):
         return table
     grid = table[..., prefix:, :]
     grid = grid.reshape(*table.shape[:-2], rows, columns, table.shape[-1]).astype("float64")
-    vertical = _bicubic_antialias(rows, new_grid[0])
-    horizontal = _bicubic_antialias(columns, new_grid[1])
+    vertical = METHODS[method](rows, new_grid[0])
+    horizontal = METHODS[method](columns, new_grid[1])
     grid = np.einsum("ri,cj,...ijd->...rcd", vertical, horizontal, grid)
     grid = grid.reshape(*table.shape[:-2], -1, table.shape[-1]).astype(table.dtype)
     return np.concatenate([table[..., :prefix, :], grid], axis=-2)

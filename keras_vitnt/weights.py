@@ -1,269 +1,768 @@
-"""A reference checkpoint -> our names and layouts -> strict assignment.
+"""Names and layouts of public checkpoints <-> ours; strict assignment, and writing.
 
-A source is recognised by the names of its arrays. Each scheme is a table of renames, read
-top to bottom, and a rule for layouts. Loading is total: every variable gets an array and every
-array is used, or one error lists the differences and nothing is assigned.
+A scheme is a table: our name -> the checkpoint's, read in both directions. Loading is total:
+every variable gets an array and every array is used, or one error lists both differences before
+anything is assigned.
 """
 
+import json
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from keras import ops
 
 from . import positions
+from .checkpoints import Checkpoint, open_checkpoint
 
-
-def block(match):
-    return f"block{int(match[1]):02}."
-
-
-TIMM_VIT = [
-    (r"^blocks\.(\d+)\.", block),
-    (r"\.attn\.", ".attention."),
-    (r"\.ls(\d)\.", r".scale\1."),
-    (r"^patch_embed\.proj\.", "encoder.projection."),
-    (r"^cls_token$", "encoder.class_token"),
-    (r"^dist_token$", "encoder.distillation_token"),
-    (r"^reg_token$", "encoder.register_tokens"),
-    (r"^pos_embed$", "encoder.position_embedding"),
-    (r"^head_dist\.", "head_distillation."),
-]
-TIMM_TNT = [
-    (r"^blocks\.(\d+)\.", block),
-    (r"\.attn_in\.", ".inner.attention."),
-    (r"\.norm_in\.", ".inner.norm1."),
-    (r"\.norm_mlp_in\.", ".inner.norm2."),
-    (r"\.mlp_in\.", ".inner.mlp."),
-    (r"\.attn_out\.", ".outer.attention."),
-    (r"\.norm_out\.", ".outer.norm1."),
-    (r"\.norm_mlp\.", ".outer.norm2."),
-    (r"^(block\d+)\.mlp\.", r"\1.outer.mlp."),
-    (r"^(block\d+)\.norm([12])_proj\.", r"\1.fold.norm\2."),
-    (r"^(block\d+)\.proj\.", r"\1.fold.proj."),
-    (r"^norm([12])_proj\.", r"patches.norm\1."),
-    (r"^proj\.", "patches.proj."),
-    (r"^pixel_embed\.proj\.", "pixels.projection."),
-    (r"^pixel_pos$", "pixels.position_embedding"),
-    (r"^cls_token$", "encoder.class_token"),
-    (r"^patch_pos$", "encoder.position_embedding"),
-]
-TORCH_LEAVES = [
-    (r"norm(\d?)\.weight$", r"norm\1.gamma"),
-    (r"norm(\d?)\.bias$", r"norm\1.beta"),
-    (r"\.weight$", ".kernel"),
-    (r"\.", "/"),
-]
-GOOGLE = [
-    (r"^(opt/target/|params/)", ""),
-    (r"^embedding/", "encoder/projection/"),
-    (r"^cls$", "encoder/class_token"),
-    (r"^(Transformer/posembed_input/)?pos_embedding$", "encoder/position_embedding"),
-    (r"^Transformer/encoderblock_(\d+)/", lambda m: f"block{int(m[1]):02}/"),
-    (r"^Transformer/encoder_norm/", "norm/"),
-    (r"^MAPHead_0/probe$", "pool/query_token"),
-    (r"^MAPHead_0/MultiHeadDotProductAttention_0/out/", "pool/proj/"),
-    (r"^MAPHead_0/MultiHeadDotProductAttention_0/", "pool/"),
-    (r"^MAPHead_0/LayerNorm_0/", "pool/norm/"),
-    (r"^MAPHead_0/MlpBlock_0/", "pool/mlp/"),
-    (r"/LayerNorm_0/", "/norm1/"),
-    (r"/LayerNorm_[12]/", "/norm2/"),
-    (r"/MultiHeadDotProductAttention_[01]/out/", "/attention/proj/"),
-    (r"/MultiHeadDotProductAttention_[01]/", "/attention/"),
-    (r"/MlpBlock_[03]/", "/mlp/"),
-    (r"/Dense_0/", "/fc1/"),
-    (r"/Dense_1/", "/fc2/"),
-    (r"norm(\d?)/scale$", r"norm\1/gamma"),
-    (r"norm(\d?)/bias$", r"norm\1/beta"),
-]
-# A fused projection of ours holds the source's parts side by side, in this order.
-FUSED = {
-    "attention/query": ("attention/qkv", 0),
-    "attention/key": ("attention/qkv", 1),
-    "attention/value": ("attention/qkv", 2),
-    "attention/qk": ("attention/qkv", 0),
-    "attention/v": ("attention/qkv", 1),
-    "pool/key": ("pool/key_value", 0),
-    "pool/value": ("pool/key_value", 1),
+# Our layer (or variable) -> theirs; # is a block's number. A fused projection of ours lists the
+# parts that it holds side by side.
+TIMM_VIT = {
+    "encoder/projection": "patch_embed.proj",
+    "encoder/class_token": "cls_token",
+    "encoder/distillation_token": "dist_token",
+    "encoder/register_tokens": "reg_token",
+    "encoder/position_embedding": "pos_embed",
+    "block#/norm1": "blocks.#.norm1",
+    "block#/attention/qkv": "blocks.#.attn.qkv",
+    "block#/attention/proj": "blocks.#.attn.proj",
+    "block#/scale1/gamma": "blocks.#.ls1.gamma",
+    "block#/norm2": "blocks.#.norm2",
+    "block#/mlp/fc1": "blocks.#.mlp.fc1",
+    "block#/mlp/fc2": "blocks.#.mlp.fc2",
+    "block#/scale2/gamma": "blocks.#.ls2.gamma",
+    "norm": "norm",
+    "pool/query_token": "attn_pool.latent",
+    "pool/query": "attn_pool.q",
+    "pool/key_value": "attn_pool.kv",
+    "pool/proj": "attn_pool.proj",
+    "pool/norm": "attn_pool.norm",
+    "pool/mlp/fc1": "attn_pool.mlp.fc1",
+    "pool/mlp/fc2": "attn_pool.mlp.fc2",
+    "fc_norm": "fc_norm",
+    "head": "head",
+    "head_distillation": "head_dist",
 }
-ADDED_TOKENS = re.compile(r"(_token|_tokens|position_embedding)$")
-
-
-def torch_layout(name, array):
-    """A PyTorch array in our layout: kernels (in, out), images channels last."""
-    if name == "pixels/position_embedding":  # (1, c, m, m), or (1, M, c)
-        return array[0] if array.ndim == 3 else flatten(array[0].transpose(1, 2, 0))
-    if name == "pixels/projection/kernel":  # (c, C, 7, 7)
-        return array.transpose(2, 3, 1, 0)
-    if name == "encoder/projection/kernel":  # (D, C, P, P)
-        return flatten(array.transpose(2, 3, 1, 0))
-    if name.endswith("/kernel"):
-        return array.T
-    return array[0] if ADDED_TOKENS.search(name) else array
-
-
-def google_layout(name, array):
-    """A Flax array in our layout: only the split into heads (or a patch's sides) goes."""
-    if name.endswith("proj/kernel"):  # (h, d, D)
-        return array.reshape(-1, array.shape[-1])
-    if name.endswith("projection/kernel"):  # (P, P, C, D)
-        return flatten(array)
-    if name.endswith("/kernel"):  # (D, h, d)
-        return array.reshape(array.shape[0], -1)
-    return array[0] if ADDED_TOKENS.search(name) else array.reshape(-1)
-
-
-def flatten(array):
-    """(P, P, C, D) -> (P * P * C, D): a patch's numbers row by row, as `Patches` gives them."""
-    return array.reshape(-1, array.shape[-1])
+TIMM_TNT = {
+    "pixels/projection": "pixel_embed.proj",
+    "pixels/position_embedding": "pixel_pos",
+    "patches/norm1": "norm1_proj",
+    "patches/proj": "proj",
+    "patches/norm2": "norm2_proj",
+    "encoder/class_token": "cls_token",
+    "encoder/position_embedding": "patch_pos",
+    "block#/inner/norm1": "blocks.#.norm_in",
+    "block#/inner/attention/qkv": ("blocks.#.attn_in.qk", "blocks.#.attn_in.v"),
+    "block#/inner/attention/proj": "blocks.#.attn_in.proj",
+    "block#/inner/norm2": "blocks.#.norm_mlp_in",
+    "block#/inner/mlp/fc1": "blocks.#.mlp_in.fc1",
+    "block#/inner/mlp/fc2": "blocks.#.mlp_in.fc2",
+    "block#/fold/norm1": "blocks.#.norm1_proj",
+    "block#/fold/proj": "blocks.#.proj",
+    "block#/fold/norm2": "blocks.#.norm2_proj",
+    "block#/outer/norm1": "blocks.#.norm_out",
+    "block#/outer/attention/qkv": ("blocks.#.attn_out.qk", "blocks.#.attn_out.v"),
+    "block#/outer/attention/proj": "blocks.#.attn_out.proj",
+    "block#/outer/norm2": "blocks.#.norm_mlp",
+    "block#/outer/mlp/fc1": "blocks.#.mlp.fc1",
+    "block#/outer/mlp/fc2": "blocks.#.mlp.fc2",
+    "norm": "norm",
+    "head": "head",
+}
+# As transformers writes them; a headless model's names come without the first word.
+HUGGING_FACE = {
+    "encoder/projection": "embeddings.patch_embeddings.projection",
+    "encoder/class_token": "embeddings.cls_token",
+    "encoder/distillation_token": "embeddings.distillation_token",
+    "encoder/position_embedding": "embeddings.position_embeddings",
+    "block#/norm1": "encoder.layer.#.layernorm_before",
+    "block#/attention/qkv": (
+        "encoder.layer.#.attention.attention.query",
+        "encoder.layer.#.attention.attention.key",
+        "encoder.layer.#.attention.attention.value",
+    ),
+    "block#/attention/proj": "encoder.layer.#.attention.output.dense",
+    "block#/norm2": "encoder.layer.#.layernorm_after",
+    "block#/mlp/fc1": "encoder.layer.#.intermediate.dense",
+    "block#/mlp/fc2": "encoder.layer.#.output.dense",
+    "norm": "layernorm",
+    "pre_logits": "pooler.dense",
+    "head": "classifier",
+    "head_distillation": "distillation_classifier",
+}
+TORCHVISION = {
+    "encoder/projection": "conv_proj",
+    "encoder/class_token": "class_token",
+    "encoder/position_embedding": "encoder.pos_embedding",
+    "block#/norm1": "encoder.layers.encoder_layer_#.ln_1",
+    "block#/attention/qkv/kernel": "encoder.layers.encoder_layer_#.self_attention.in_proj_weight",
+    "block#/attention/qkv/bias": "encoder.layers.encoder_layer_#.self_attention.in_proj_bias",
+    "block#/attention/proj": "encoder.layers.encoder_layer_#.self_attention.out_proj",
+    "block#/norm2": "encoder.layers.encoder_layer_#.ln_2",
+    "block#/mlp/fc1": "encoder.layers.encoder_layer_#.mlp.0",
+    "block#/mlp/fc2": "encoder.layers.encoder_layer_#.mlp.3",
+    "norm": "encoder.ln",
+    "pre_logits": "heads.pre_logits",
+    "head": "heads.head",
+}
+GOOGLE_ATTENTION = "Transformer/encoderblock_#/MultiHeadDotProductAttention_1"
+GOOGLE_POOL = "MAPHead_0/MultiHeadDotProductAttention_0"
+GOOGLE = {
+    "encoder/projection": "embedding",
+    "encoder/class_token": "cls",
+    "encoder/position_embedding": "pos_embedding",
+    "block#/norm1": "Transformer/encoderblock_#/LayerNorm_0",
+    "block#/attention/qkv": tuple(f"{GOOGLE_ATTENTION}/{x}" for x in ("query", "key", "value")),
+    "block#/attention/proj": f"{GOOGLE_ATTENTION}/out",
+    "block#/norm2": "Transformer/encoderblock_#/LayerNorm_2",
+    "block#/mlp/fc1": "Transformer/encoderblock_#/MlpBlock_3/Dense_0",
+    "block#/mlp/fc2": "Transformer/encoderblock_#/MlpBlock_3/Dense_1",
+    "norm": "Transformer/encoder_norm",
+    "pool/query_token": "MAPHead_0/probe",
+    "pool/query": f"{GOOGLE_POOL}/query",
+    "pool/key_value": (f"{GOOGLE_POOL}/key", f"{GOOGLE_POOL}/value"),
+    "pool/proj": f"{GOOGLE_POOL}/out",
+    "pool/norm": "MAPHead_0/LayerNorm_0",
+    "pool/mlp/fc1": "MAPHead_0/MlpBlock_0/Dense_0",
+    "pool/mlp/fc2": "MAPHead_0/MlpBlock_0/Dense_1",
+    "pre_logits": "pre_logits",
+    "head": "head",
+}
+TORCH_LEAVES = dict(kernel=".weight", bias=".bias", gamma=".weight", beta=".bias")
+FLAX_LEAVES = dict(kernel="/kernel", bias="/bias", gamma="/scale", beta="/bias")
 
 
 class Scheme(NamedTuple):
+    """The names and layouts of one implementation.
+
+    Attributes:
+        name: of the implementation.
+        mark: a pattern that only its names match.
+        table: our layers and variables -> theirs.
+        leaves: a layer's variable -> the end of their name; None where the names are ours.
+        aliases: (pattern, replacement) that bring other spellings to the table's.
+        unused: names that no model of ours has -> why.
+    """
+
     name: str
-    mark: str  # the name that only this scheme's files have
-    renames: list
-    layout: callable
+    mark: str
+    table: dict
+    leaves: dict | None
+    aliases: tuple = ()
+    unused: tuple = ()
 
 
-SCHEMES = [
-    Scheme("timm TNT", r"^pixel_embed\.", TIMM_TNT + TORCH_LEAVES, torch_layout),
-    Scheme("timm ViT or DeiT", r"^patch_embed\.", TIMM_VIT + TORCH_LEAVES, torch_layout),
-    Scheme("Google ViT", r"^(opt/target/|params/)?embedding/", GOOGLE, google_layout),
-]
+WRAPPED = (r"^(module|_orig_mod)\.", "")
+SCHEMES = (
+    Scheme(
+        "official TNT",
+        r"^(module\.)?inner_pos$",
+        TIMM_TNT,
+        TORCH_LEAVES,
+        (
+            WRAPPED,
+            (r"^outer_pos$", "patch_pos"),
+            (r"^inner_pos$", "pixel_pos"),
+            (r"^patch_embed\.", "pixel_embed."),
+            (r"\bproj_norm([12])\.", r"norm\1_proj."),
+            (r"\.inner_norm1\.", ".norm_in."),
+            (r"\.inner_norm2\.", ".norm_mlp_in."),
+            (r"\.inner_attn\.", ".attn_in."),
+            (r"\.inner_mlp\.", ".mlp_in."),
+            (r"\.outer_norm1\.", ".norm_out."),
+            (r"\.outer_norm2\.", ".norm_mlp."),
+            (r"\.outer_attn\.", ".attn_out."),
+            (r"\.outer_mlp\.", ".mlp."),
+        ),
+        ((r"^outer_tokens$", "zeros that the network never reads"),),
+    ),
+    Scheme("timm TNT", r"^(module\.)?pixel_embed\.", TIMM_TNT, TORCH_LEAVES, (WRAPPED,)),
+    Scheme(
+        "timm ViT or DeiT",
+        r"^(module\.|_orig_mod\.)?patch_embed\.",
+        TIMM_VIT,
+        TORCH_LEAVES,
+        (WRAPPED, (r"\.gamma_([12])$", r".ls\1.gamma")),  # DeiT-3's own release: gamma_1
+    ),
+    Scheme(
+        "Hugging Face ViT or DeiT",
+        r"(^|\.)embeddings\.patch_embeddings\.",
+        HUGGING_FACE,
+        TORCH_LEAVES,
+        (
+            WRAPPED,
+            (r"^(vit|deit)\.", ""),
+            (r"^layers\.", "encoder.layer."),  # transformers 5 in memory
+            (r"\.attention\.([qkv])_proj\.", r".attention.attention.\1_proj."),
+            (r"\.q_proj\.", ".query."),
+            (r"\.k_proj\.", ".key."),
+            (r"\.v_proj\.", ".value."),
+            (r"\.attention\.o_proj\.", ".attention.output.dense."),
+            (r"\.mlp\.fc1\.", ".intermediate.dense."),
+            (r"\.mlp\.fc2\.", ".output.dense."),
+            (r"^cls_classifier\.", "classifier."),
+        ),
+        ((r"^embeddings\.mask_token$", "for pre-training with masks"),),
+    ),
+    Scheme(
+        "torchvision ViT",
+        r"^(module\.)?conv_proj\.",
+        TORCHVISION,
+        TORCH_LEAVES,
+        (WRAPPED, (r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),
+    ),
+    Scheme(
+        "Google ViT",
+        r"^(opt/target/|params/)?(img/)?embedding/",
+        GOOGLE,
+        FLAX_LEAVES,
+        (
+            (r"^(opt/target/|params/)?(img/)?", ""),
+            (r"^Transformer/(posembed_input/)?pos_embedding$", "pos_embedding"),
+            # big_vision counts each kind of layer apart, vision_transformer all together.
+            (r"(encoderblock_\d+)/LayerNorm_1/", r"\1/LayerNorm_2/"),
+            (
+                r"(encoderblock_\d+)/MultiHeadDotProductAttention_0/",
+                r"\1/MultiHeadDotProductAttention_1/",
+            ),
+            (r"(encoderblock_\d+)/MlpBlock_0/", r"\1/MlpBlock_3/"),
+        ),
+    ),
+    Scheme("keras_vitnt", r"^block\d+/(\w+/)*norm1/gamma$", {}, None),
+)
+ADDED_TOKENS = re.compile(r"(_token|_tokens|position_embedding)$")
+PRE_TRAINING = re.compile(r"^(head|head_distillation|pre_logits)/")
+
+
+class Names(NamedTuple):
+    """A checkpoint under a scheme's own spelling."""
+
+    scheme: Scheme
+    checkpoint: Checkpoint
+    originals: dict  # spelling of the table -> name in the file
+    shapes: dict  # spelling of the table -> shape
+
+    def sources(self, path):
+        """The names, in the table's spelling, of a variable of ours; () if it has none."""
+        return theirs(self.scheme, path)
+
+    def shape(self, path):
+        """The shape of a variable of ours in the checkpoint, or None where it has none."""
+        names = self.sources(path)
+        if not names or any(name not in self.shapes for name in names):
+            return None
+        parts = [to_ours(self.scheme, path, blank(self.shapes[name])).shape for name in names]
+        return (*parts[0][:-1], sum(part[-1] for part in parts))
+
+
+def blank(shape):
+    """An array without memory, to see what becomes of a shape."""
+    return np.broadcast_to(np.float32(0), shape)
+
+
+def theirs(scheme, path):
+    """The scheme's names for a variable of ours, () if it has no place for it."""
+    if scheme.leaves is None:
+        return (path,)
+    number = re.match(r"block(\d+)/", path)
+    general = re.sub(r"^block\d+/", "block#/", path)
+    layer, _, leaf = general.rpartition("/")
+    end = ""
+    if general not in scheme.table:
+        general, end = layer, scheme.leaves.get(leaf, "?")
+    found = scheme.table.get(general)
+    if found is None:
+        return ()
+    parts = found if isinstance(found, tuple) else (found,)
+    return tuple(
+        (part + end).replace("#", str(int(number[1])) if number else "#") for part in parts
+    )
+
+
+def to_ours(scheme, path, array):
+    """An array of a checkpoint in our layout: kernels (in, out), images channels last.
+
+    The kernel of a patch's projection keeps its four axes (rows, columns, channels, width).
+    """
+    if scheme.leaves is None:
+        return array
+    if scheme.leaves is FLAX_LEAVES:
+        if path.endswith("projection/kernel"):  # (P, P, C, D)
+            return array
+        if path.endswith("proj/kernel"):  # (h, d, D)
+            return array.reshape(-1, array.shape[-1])
+        if path.endswith("/kernel"):  # (D, h, d)
+            return array.reshape(array.shape[0], -1)
+        return array[0] if ADDED_TOKENS.search(path) else array.reshape(-1)
+    if path == "pixels/position_embedding":  # (1, c, m, m); the official release: (1, M, c)
+        return (
+            array[0] if array.ndim == 3 else array[0].transpose(1, 2, 0).reshape(-1, array.shape[1])
+        )
+    if path.endswith("projection/kernel"):  # (D, C, P, P)
+        return array.transpose(2, 3, 1, 0)
+    if path.endswith("/kernel"):
+        return array.T
+    return array[0] if ADDED_TOKENS.search(path) else array
+
+
+def to_torch(path, array, channels):
+    """The way back: an array of ours in PyTorch's layout."""
+    if path == "pixels/position_embedding":
+        side = int(len(array) ** 0.5)
+        return array.reshape(side, side, -1).transpose(2, 0, 1)[None]
+    if path.endswith("projection/kernel"):
+        if array.ndim == 2:  # of ViT: (P * P * C, D)
+            side = int((len(array) // channels) ** 0.5)
+            array = array.reshape(side, side, channels, -1)
+        return array.transpose(3, 2, 0, 1)
+    if path.endswith("/kernel"):
+        return array.T
+    return array[None] if ADDED_TOKENS.search(path) else array
+
+
+def unstacked(checkpoint):
+    """big_vision's scan layout, one array for all blocks, as an array for each block."""
+    stacked = re.compile(r"Transformer/encoderblock/")
+    if not any(stacked.search(name) for name in checkpoint.shapes):
+        return checkpoint
+    shapes, places = {}, {}
+    for name, shape in checkpoint.shapes.items():
+        for i in range(shape[0]) if stacked.search(name) else [None]:
+            new = stacked.sub(f"Transformer/encoderblock_{i}/", name)
+            shapes[new], places[new] = shape[1:] if i is not None else shape, (name, i)
+    whole = lru_cache(maxsize=3)(checkpoint.read)  # query, key and value of all blocks
+
+    def read(name):
+        name, i = places[name]
+        return checkpoint.read(name) if i is None else whole(name)[i]
+
+    return checkpoint._replace(shapes=shapes, read=read)
+
+
+def recognise(checkpoint):
+    """A checkpoint -> its `Names`.
+
+    Raises:
+        ValueError: if it is of no scheme that is known here.
+    """
+    found = [s for s in SCHEMES if any(re.search(s.mark, name) for name in checkpoint.shapes)]
+    if not found:
+        raise ValueError(
+            f"{checkpoint.source} holds no checkpoint that is known here: expected the names of "
+            f"{', '.join(s.name for s in SCHEMES)}; it has "
+            f"{', '.join(sorted(checkpoint.shapes)[:3])}, ..."
+        )
+    scheme = found[0]
+    checkpoint = unstacked(checkpoint) if scheme.table is GOOGLE else checkpoint
+    originals = {}
+    for original in checkpoint.shapes:
+        name = original
+        for pattern, replacement in scheme.aliases:
+            name = re.sub(pattern, replacement, name)
+        if name in originals:
+            raise ValueError(f"{checkpoint.source} has both {originals[name]} and {original}.")
+        originals[name] = original
+    # transformers' DeiT without a second head has the token all the same: then it is a register.
+    if scheme.table is HUGGING_FACE and "distillation_classifier.weight" not in originals:
+        table = dict(scheme.table)
+        table["encoder/register_tokens"] = table.pop("encoder/distillation_token")
+        scheme = scheme._replace(table=table)
+    shapes = {name: checkpoint.shapes[original] for name, original in originals.items()}
+    return Names(scheme, checkpoint, originals, shapes)
+
+
+def weights_h5(checkpoint, model):
+    """Keras' `.weights.h5`, whose names follow from a model's layers, under the model's names."""
+    from keras.src.utils.naming import to_snake_case
+
+    layers, variables, shapes, places = {}, {}, {}, {}
+    for layer in model.layers:
+        kind = to_snake_case(type(layer).__name__)
+        layers[kind] = count = layers.get(kind, -1) + 1
+        folder = f"layers/{kind}_{count}" if count else f"layers/{kind}"
+        for variable in layer.weights:
+            owner = variable.path.rpartition("/")[0]
+            variables[owner] = index = variables.get(owner, -1) + 1
+            inner = owner.removeprefix(layer.name)
+            places[variable.path] = f"{folder}{inner}/vars/{index}"
+    for path, place in places.items():
+        if place in checkpoint.shapes:
+            shapes[path] = checkpoint.shapes[place]
+    known = set(places.values())
+    others = {n: s for n, s in checkpoint.shapes.items() if n not in known and s != ()}
+    skipped = [n for n in others if "seed_generator" in n or n.startswith("optimizer")]
+    shapes |= {n: s for n, s in others.items() if n not in skipped}
+    return checkpoint._replace(
+        shapes=shapes, read=lambda path: checkpoint.read(places.get(path, path))
+    )
 
 
 class Row(NamedTuple):
     variable: str
     sources: tuple  # the names in the file
     shape: tuple
-    action: str  # "loaded", "resized from ... to ...", "re-initialised"
+    action: str  # "loaded", "transposed", "resized from ... to ...", "re-initialised", ...
 
 
 class Report(NamedTuple):
-    """What `load_weights` did; prints as a table."""
+    """What loading did, a row for each variable; prints as a table."""
 
     source: str
     scheme: str
     rows: list
+    unused: dict  # names in the file -> why they are not used
+    notes: list = []  # what `from_checkpoint` took from elsewhere than the arrays
 
     def __str__(self):
         lines = [f"{self.source} ({self.scheme})"]
         for row in self.rows:
             shape = " x ".join(map(str, row.shape))
-            lines.append(f"{row.variable:42} {shape:>18}  {row.action}: {', '.join(row.sources)}")
-        return "\n".join(lines)
+            names = f": {', '.join(row.sources)}" if row.sources else ""
+            lines.append(f"{row.variable:42} {shape:>18}  {row.action}{names}")
+        lines += [f"unused: {name} ({reason})" for name, reason in self.unused.items()]
+        return "\n".join([*lines, *self.notes])
 
 
-def read_arrays(path):
-    """All arrays of a .safetensors or .npz file, by name.
+def prefix_rows(rows, prefix, grid):
+    """How many leading rows of a position table belong to prefix tokens, and its patches' grid.
 
-    Raises:
-        FileNotFoundError, ValueError: for a missing, foreign or damaged file.
+    Old files say neither: a table that is square without its prefix, or at all, tells.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint at {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.numpy import load_file
-
-            return load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
-    except Exception as error:  # zip, JSON, header and dtype errors of two libraries
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
-    raise ValueError(f"{path}: expected a .safetensors or .npz file.")
+    if grid is not None:
+        return rows - grid[0] * grid[1], tuple(grid)
+    for leading in (prefix, 0):
+        side = int(max(rows - leading, 0) ** 0.5)
+        if side and leading + side * side == rows:
+            return leading, (side, side)
+    return None, None
 
 
-def to_ours(arrays, source):
-    """Rename and lay out a source's arrays: -> (scheme, {our name: (array, sources)})."""
-    found = [s for s in SCHEMES if any(re.search(s.mark, name) for name in arrays)]
-    if not found:
-        raise ValueError(
-            f"{source} holds no checkpoint that is known here: expected the names of "
-            f"{', '.join(s.name for s in SCHEMES)}; it has {', '.join(sorted(arrays)[:3])}, ..."
+def source_grid(names):
+    """(rows, columns) of the patches, where the configuration says so; else None."""
+    config = names.checkpoint.config
+    if "grid" in config:
+        return tuple(config["grid"]) if config["grid"] else None
+    size = config_image_size(config)
+    patch = patch_size(names)
+    if size is None or patch is None or size[0] % patch or size[1] % patch:
+        return None
+    return size[0] // patch, size[1] // patch
+
+
+def config_image_size(config):
+    """(height, width) that a checkpoint's configuration states, or None."""
+    cfg = config.get("pretrained_cfg", {})
+    size = config.get("img_size") or config.get("model_args", {}).get("img_size")
+    size = size or cfg.get("input_size", [None])[1:] or config.get("image_size")
+    if not size:
+        return None
+    if isinstance(size, str):
+        size = [int(side) for side in size.split("x")]
+    size = [size] if isinstance(size, int) else list(size)
+    return (size[0], size[-1])
+
+
+def patch_size(names):
+    """A patch's side in pixels, from the arrays."""
+    words = names.shape("pixels/position_embedding")
+    if words is not None:
+        return 4 * int(words[0] ** 0.5)  # every published TNT: a word each 4 pixels
+    kernel = names.shape("encoder/projection/kernel")
+    if kernel is None or len(kernel) == 4:
+        return kernel and kernel[0]
+    return None
+
+
+def adapted_channels(kernel, channels):
+    """A patch projection (rows, columns, C, D) for another number of channels, as timm does.
+
+    One channel gets the sum of the colours' weights; more repeat them, scaled so that the sum
+    stays the same.
+    """
+    old = kernel.shape[2]
+    if channels == 1:
+        return kernel.sum(axis=2, keepdims=True)
+    repeated = np.tile(kernel, (1, 1, -(-channels // old), 1))[:, :, :channels]
+    return repeated * (old / channels)
+
+
+def fit_projection(names, path, shape, channels, adapt):
+    """How a patch projection's array becomes the model's: (action, its shape then, change)."""
+    found = names.shape(path)
+    action, change = "transposed" if names.scheme.leaves is TORCH_LEAVES else "loaded", None
+    if adapt and found[2] != channels:
+        action = f"adapted from {found[2]} to {channels} channels"
+        found = (*found[:2], channels, found[3])
+
+        def change(kernel):
+            return adapted_channels(kernel, channels)
+
+    return action, found if len(shape) == 4 else (int(np.prod(found[:3])), found[3]), change
+
+
+def fit_positions(names, path, encoder, method):
+    """How a position table becomes the model's: (action, its shape then, change)."""
+    rows, dim = names.shape(path)
+    leading = encoder.num_prefix_tokens if encoder.prefix_positions else 0
+    grid = source_grid(names)
+    if grid is None and names.scheme.leaves is None and rows == leading + encoder.num_patches:
+        grid = encoder.grid
+    before, grid = prefix_rows(rows, leading, grid)
+    if before != leading or encoder.grid is None or grid == encoder.grid:
+        return "loaded", (rows, dim), None
+
+    def change(table):
+        return positions.resize(table, grid, encoder.grid, leading, method)
+
+    action = "resized from {} x {} to {} x {}".format(*grid, *encoder.grid)
+    return action, (leading + encoder.num_patches, dim), change
+
+
+def plan(model, names, new_head=False, adapt_channels=False, method="timm"):
+    """What loading would do: (`Report`, {variable: change of its array}); see `load_weights`."""
+    variables = {v.path: tuple(v.shape) for v in model.weights if "seed_generator" not in v.path}
+    rows, changes, missing, misfits, used = [], {}, [], [], set()
+    for path, shape in variables.items():
+        sources = names.sources(path)
+        used |= set(sources)
+        absent = [name for name in sources if name not in names.shapes]
+        originals = tuple(names.originals[name] for name in sources if name in names.shapes)
+        optional = new_head and PRE_TRAINING.match(path)
+        if absent or not sources:
+            if optional:
+                rows.append(Row(path, (), shape, "re-initialised"))
+            else:
+                missing.append(f"{path} {shape}" + (f" ({', '.join(absent)})" if absent else ""))
+            continue
+        if uneven(names, path):
+            parts = ", ".join(f"{names.originals[n]} {names.shapes[n]}" for n in sources)
+            misfits.append(f"{path} takes queries, keys and values of one size, not {parts}")
+            continue
+        found, change = names.shape(path), None
+        if path.endswith("projection/kernel") and len(found) == 4:
+            channels = model.input_shape[-1]
+            action, found, change = fit_projection(names, path, shape, channels, adapt_channels)
+        elif path == "encoder/position_embedding":
+            action, found, change = fit_positions(names, path, model.get_layer("encoder"), method)
+        else:
+            turned = names.scheme.leaves is TORCH_LEAVES and path.endswith("/kernel")
+            action = "transposed" if turned else "loaded"
+        if found != shape and optional:
+            action, originals = "re-initialised", ()
+            used -= set(sources)
+        elif found != shape:
+            misfits.append(f"{path} is {shape}, the file has {found} ({', '.join(originals)})")
+        rows.append(Row(path, originals, shape, action))
+        changes[path] = change or (lambda array: array)
+    unused, extra = {}, []
+    headless = new_head or not any(path.startswith("head") for path in variables)
+    for name in sorted(names.shapes.keys() - used):
+        original = names.originals[name]
+        reasons = [why for pattern, why in names.scheme.unused if re.search(pattern, name)]
+        if headless and is_head_of(names.scheme, name):
+            reasons.append("of the head that the checkpoint was trained with")
+        if reasons:
+            unused[original] = reasons[0]
+        else:
+            extra.append(f"{original} {names.shapes[name]}")
+    differences = {
+        "variables for which the file has nothing": missing,
+        "of another shape": misfits,
+        "arrays for which the model has no place": extra,
+    }
+    if any(differences.values()):
+        listed = "; ".join(
+            f"{len(found)} {what}: {', '.join(found[:8])}" + (", ..." if len(found) > 8 else "")
+            for what, found in differences.items()
+            if found
         )
-    parts = {}
-    for source_name, array in arrays.items():
-        name = source_name
-        for pattern, replacement in found[0].renames:
-            name = re.sub(pattern, replacement, name)
-        array = found[0].layout(name, array)
-        order = 0
-        layer, _, leaf = name.rpartition("/")
-        for part, (fused, place) in FUSED.items():
-            if layer.endswith(part):
-                name, order = f"{layer.removesuffix(part)}{fused}/{leaf}", place
-        parts.setdefault(name, []).append((order, source_name, array))
-    ours = {}
-    for name, found_parts in parts.items():
-        _, sources, pieces = zip(*sorted(found_parts, key=lambda part: part[0]))
-        array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
-        ours[name] = (array, sources)
-    return found[0], ours
+        raise ValueError(
+            f"{names.checkpoint.source} ({names.scheme.name}) does not fit the model "
+            f"{model.name!r}, nothing was loaded. {listed}.{hint(misfits)}"
+        )
+    return Report(names.checkpoint.source, names.scheme.name, rows, unused), changes
 
 
-def fit_positions(model, array):
-    """A position table resampled to the model's grid where only the grid differs."""
-    encoder = model.get_layer("encoder")
-    prefix = encoder.num_prefix_tokens if encoder.prefix_positions else 0
-    side = int(max(len(array) - prefix, 0) ** 0.5)
-    if encoder.grid is None or prefix + side * side != len(array):
-        return array  # not a square grid: left as it is, for the shapes' error to name
-    return positions.resize(array, (side, side), encoder.grid, prefix)
-
-
-def load_weights(model, source, new_head=False):
+def load_weights(model, source, new_head=False, adapt_channels=False, method="timm"):
     """Load a public checkpoint into a model, strictly.
 
     Args:
         model: a `ViT`, `DeiT` or `TNT`.
-        source: path of timm's ViT, DeiT or TNT `.safetensors`, or Google's ViT `.npz`
-            (vision_transformer or big_vision). Position tables of another, square image are
-            resampled as timm does.
-        new_head: keep the model's own head where the file's has another number of classes.
+        source: a path or "hf:owner/name[@revision]", see `checkpoints.open_checkpoint`. Read are
+            timm's, transformers' and torchvision's ViT and DeiT, timm's and the official TNT,
+            Google's `.npz`, and our own `.keras` and `.weights.h5`.
+        new_head: keep the model's own head where the file's has another number of classes, or
+            none; what belongs to the file's head alone is then left out.
+        adapt_channels: fit the patch projection to another number of channels, as timm does.
+        method: how a position table of another grid is resampled, see `positions.resize`.
 
     Returns:
-        A `Report`, a row for each variable.
+        A `Report`: a row for each variable, and what the file holds beyond them.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a variable would get no array or one of another shape, or an array
-            would stay unused; nothing has been assigned then.
+        FileNotFoundError, ValueError: if the file cannot be read; if a variable would get no
+            array or one of another shape, or an array would stay unused. Nothing has been
+            assigned then.
 
     Example:
         >>> model = ViT("B/16", weights="vit_base_patch16_224.safetensors")  # or
         >>> print(load_weights(model, "vit_base_patch16_224.safetensors"))
     """
-    scheme, ours = to_ours(read_arrays(source), source)
-    variables = {v.path: v for v in model.weights if "seed_generator" not in v.path}
-    rows, values, problems = [], {}, []
-    for path, variable in variables.items():
-        if path not in ours:
-            problems.append(f"the file has nothing for {path} {tuple(variable.shape)}")
+    checkpoint = open_checkpoint(source)
+    if checkpoint.source.endswith(".weights.h5"):
+        checkpoint = weights_h5(checkpoint, model)
+    names = recognise(checkpoint)
+    report, changes = plan(model, names, new_head, adapt_channels, method)
+    assign(model, names, report, changes)
+    return report
+
+
+def assign(model, names, report, changes):
+    """Do what was planned: read, lay out and assign one variable after another."""
+    variables = {v.path: v for v in model.weights}
+    for row in sorted(report.rows, key=lambda row: row.sources):  # a scan's blocks in a row
+        if row.action != "re-initialised":
+            array = changes[row.variable](read_ours(names, row.variable))
+            variables[row.variable].assign(array.reshape(row.shape))
+
+
+def is_head_of(scheme, name):
+    """Whether a name, in the table's spelling, belongs to the classifier."""
+    heads = [
+        theirs(scheme, f"{layer}/kernel") for layer in ("head", "head_distillation", "pre_logits")
+    ]
+    stems = [re.sub(r"[./](weight|kernel)$", "", found[0]) for found in heads if found]
+    return re.sub(r"[./](weight|kernel|bias)$", "", name) in stems
+
+
+def uneven(names, path):
+    """Whether the parts of a fused projection have sizes that do not go together."""
+    sources = names.sources(path)
+    sizes = [to_ours(names.scheme, path, blank(names.shapes[n])).shape for n in sources]
+    return len({(*s[:-1], s[-1] / share) for s, share in zip(sizes, shares(sources))}) > 1
+
+
+def shares(sources):
+    """How many equal parts each name stands for: TNT holds queries and keys together."""
+    return [2 if re.search(r"\.qk\.\w+$", name) else 1 for name in sources]
+
+
+def hint(misfits):
+    if any("/fold/norm1/" in misfit for misfit in misfits):
+        return ' The file has TNT\'s other layout: layout="legacy", or "official".'
+    if any(misfit.startswith("head") for misfit in misfits):
+        return " For another number of classes, new_head=True keeps the model's own head."
+    if any("projection/kernel" in misfit for misfit in misfits):
+        return " For another number of channels, adapt_channels=True fits the projection."
+    return ""
+
+
+def read_ours(names, path):
+    """A variable's numbers in our layout, float32."""
+    parts = []
+    for name in names.sources(path):
+        array = names.checkpoint.read(names.originals[name])
+        array = to_ours(names.scheme, path, array)
+        parts.append(array if array.dtype == np.float32 else array.astype("float32"))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+
+def save_weights(model, path, names="timm", preprocessing=None):
+    """Write a model's weights as `.safetensors`, under timm's or transformers' names.
+
+    Args:
+        model: a `ViT`, `DeiT` or `TNT`.
+        path: of the new file; written whole or not at all.
+        names: "timm" (loads strictly into the timm model of the same numbers) or "huggingface"
+            (ViT and DeiT, as transformers' `save_pretrained` writes them).
+        preprocessing: an `images.Preprocessing`, to be kept in the file for `preprocessing`.
+
+    Returns:
+        The names written -> their shapes.
+
+    Raises:
+        ValueError: for an unknown `names`, another suffix, or a model with variables for which
+            the other implementation has no place; they are named.
+
+    Example:
+        >>> save_weights(TNT("S/16"), "tnt_s.safetensors")
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"Weights are written as .safetensors; got {path}.")
+    is_tnt = any(layer.name == "pixels" for layer in model.layers)
+    tables = {"timm": TIMM_TNT if is_tnt else TIMM_VIT}
+    tables |= {} if is_tnt else {"huggingface": HUGGING_FACE}
+    if names not in tables:
+        raise ValueError(f"`names` must be one of {', '.join(tables)} here; got {names!r}.")
+    scheme = Scheme(names, "", tables[names], TORCH_LEAVES)
+    values = {v.path: v for v in model.weights if "seed_generator" not in v.path}
+    arrays, homeless = {}, []
+    encoder = model.get_layer("encoder")
+    if encoder.positions in ("sincos2d", "factorized2d"):
+        for factor in [p for p in values if p.startswith("encoder/") and "position" in p]:
+            del values[factor]
+        width = model.get_layer("norm").gamma.shape[0]
+        values["encoder/position_embedding"] = encoder.patch_positions(width)
+    for variable, value in values.items():
+        found = theirs(scheme, variable)
+        if not found:
+            homeless.append(variable)
             continue
-        array, sources = ours[path]
-        shape, action = tuple(variable.shape), "loaded"
-        if path == "encoder/position_embedding" and array.shape != shape:
-            resized = fit_positions(model, array)
-            if resized.shape == shape:
-                array, action = resized, f"resized from {len(array)} to {len(resized)} positions"
-        if array.shape != shape and new_head and path.startswith("head"):
-            array, action = None, "re-initialised"
-        elif array.shape != shape:
-            problems.append(f"{path} is {shape}, the file has {array.shape}")
-        values[path] = array
-        rows.append(Row(path, sources, shape, action))
-    for path in ours.keys() - variables.keys():
-        problems.append(f"the model has no {path} for {', '.join(ours[path][1])}")
-    if problems:
-        shown = "; ".join(sorted(problems)[:6]) + ("; ..." if len(problems) > 6 else "")
-        raise ValueError(
-            f"{source} ({scheme.name}) does not fit the model {model.name!r}: "
-            f"{len(problems)} differences: {shown}."
-        )
-    for path, array in values.items():
-        if array is not None:
-            variables[path].assign(array)
-    return Report(str(source), scheme.name, rows)
+        array = np.asarray(ops.convert_to_numpy(value), "float32")
+        parts = np.cumsum(shares(found))
+        ends = parts[:-1] * array.shape[-1] // parts[-1]
+        for name, part in zip(found, np.split(array, ends, axis=-1)):
+            arrays[name] = np.ascontiguousarray(to_torch(variable, part, model.input_shape[-1]))
+    if homeless:
+        raise ValueError(f"{names} has no place for {', '.join(homeless)} of {model.name!r}.")
+    if names == "huggingface":
+        arrays = hugging_face_names(arrays)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        facts = {"format": "pt", **describe(model)}
+        if preprocessing:
+            facts["preprocessing"] = json.dumps(preprocessing._asdict())
+        save_file(arrays, partial, facts)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def hugging_face_names(arrays):
+    """The names of transformers' whole models, from those without the first word."""
+    distilled = "embeddings.distillation_token" in arrays
+    new = {}
+    for name, array in arrays.items():
+        if "classifier" not in name:
+            name = f"{'deit' if distilled else 'vit'}.{name}"
+        elif distilled and name.startswith("classifier"):
+            name = f"cls_{name}"
+        new[name] = array
+    return new
+
+
+def describe(model):
+    """What the arrays alone do not say, as a safetensors file's metadata."""
+    block = model.get_layer("block00")
+    outer = getattr(block, "outer", block)
+    heads = {"num_heads": outer.attention.num_heads}
+    if outer is not block:
+        heads = {
+            "num_heads_inner": block.inner.attention.num_heads,
+            "num_heads_outer": outer.attention.num_heads,
+        }
+    pools = [layer.pooling for layer in model.layers if hasattr(layer, "pooling")]
+    facts = {
+        **heads,
+        "img_size": "{}x{}".format(*model.input_shape[1:3]),
+        "layer_norm_epsilon": outer.norm1.epsilon,
+        "gelu": outer.mlp.gelu,
+        "global_pool": pools[0] if pools else "map",
+    }
+    return {name: str(value) for name, value in facts.items()}

@@ -1,7 +1,5 @@
 """What several test files share: the reference cases, tiny models, a complete layer test."""
 
-import json
-import struct
 from pathlib import Path
 
 import keras
@@ -25,8 +23,11 @@ TIMM_TNT = dict(
 )
 BIG_VISION = dict(prefix_positions=False, gelu="tanh", **TIMM_VIT)
 
-# Every case of tests/reference: weights and outputs of timm 1.0.31, vision_transformer and
-# big_vision, and the model of ours that must give the same.
+SQUARE = dict(TIMM_VIT, input_shape=(32, 32, 3))
+
+# Every case of tests/reference: weights and outputs of timm 1.0.31, vision_transformer,
+# big_vision, transformers 5.23.0 and torchvision 0.28.0, and the model of ours that must give
+# the same.
 CASES = {
     "timm_vit": (models.ViT, TIMM_VIT),
     "timm_vit_avg_noqkvbias": (
@@ -40,6 +41,15 @@ CASES = {
     "timm_deit_distilled": (models.DeiT, dict(distilled=True, **TIMM_VIT)),
     "timm_tnt": (models.TNT, TIMM_TNT),
     "timm_tnt_legacy": (models.TNT, dict(layout="legacy", **TIMM_TNT)),
+    "timm_vit_map": (models.ViT, dict(class_token=False, pooling="map", **SQUARE)),
+    "hf_vit": (models.ViT, dict(layer_norm_epsilon=1e-12, **TIMM_VIT)),
+    # The distillation token without a head of its own is a register.
+    "hf_deit": (models.ViT, dict(layer_norm_epsilon=1e-12, register_tokens=1, **TIMM_VIT)),
+    "hf_deit_distilled": (
+        models.DeiT,
+        dict(layer_norm_epsilon=1e-12, distilled=True, **TIMM_VIT),
+    ),
+    "torchvision_vit": (models.ViT, SQUARE),
     "google_vit": (models.ViT, dict(gelu="tanh", **TIMM_VIT)),
     "big_vision_tok": (models.ViT, BIG_VISION),
     "big_vision_map": (models.ViT, dict(class_token=False, pooling="map", **BIG_VISION)),
@@ -57,15 +67,9 @@ CASES = {
 
 
 def weights_file(case):
-    suffix = ".safetensors" if case.startswith("timm_") else ".weights.npz"
-    return REFERENCE / f"{case}{suffix}"
-
-
-def metadata(path):
-    """The configuration that a safetensors file carries."""
-    header = path.read_bytes()
-    (length,) = struct.unpack("<Q", header[:8])
-    return json.loads(header[8 : 8 + length])["__metadata__"]
+    """A file, or transformers' folder."""
+    names = (f"{case}{end}" for end in (".safetensors", ".weights.npz", ""))
+    return next(path for path in map(REFERENCE.joinpath, names) if path.exists())
 
 
 def forward(model, x):

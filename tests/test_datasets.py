@@ -19,7 +19,7 @@ def test_embedded_photos_are_split_and_stratified():
     assert (len(train.labels), len(validation.labels), len(classes)) == (1651, 411, 10)
     assert not set(train.names) & set(validation.names)
     assert set(np.bincount(validation.labels)) <= {41, 42}
-    decoded, faults = datasets.decode_all(validation, (32, 24))
+    decoded, faults = datasets.decode_all(validation, images.Preprocessing((32, 24)))
     assert not faults and decoded.sources[0].shape == (32, 24, 3)
 
 
@@ -43,14 +43,14 @@ def test_unreadable_files_are_counted_and_named(tmp_path):
     (tmp_path / "cat" / "0.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "dog" / "notes.txt").write_text("no image")
     photos, _ = datasets.read_class_folders(tmp_path)
-    good, faults = datasets.decode_all(photos, (16, 16))
+    good, faults = datasets.decode_all(photos, images.Preprocessing((16, 16)))
     assert len(good.labels) == 19 and len(faults) == 2
     assert "0.jpg" in faults[0] and "truncated" in faults[0].lower()
     assert "notes.txt" in faults[1] and "not an image" in faults[1]
     for path in (tmp_path / "dog").glob("*.jpg"):
         path.write_text("no image")
     with pytest.raises(ValueError, match="12 of 21 files cannot be read"):
-        datasets.decode_all(photos, (16, 16))
+        datasets.decode_all(photos, images.Preprocessing((16, 16)))
 
 
 def test_errors(tmp_path):
@@ -70,7 +70,7 @@ def test_errors(tmp_path):
 
 def test_batches_repeat_under_a_seed_and_differ_by_epoch():
     photos = datasets.load_dataset("embedded")[1].take(np.arange(40))
-    photos, _ = datasets.decode_all(photos, (16, 16))
+    photos, _ = datasets.decode_all(photos, images.Preprocessing((16, 16)))
 
     def epoch(number, seed=0):
         batches = datasets.Batches(
@@ -96,8 +96,8 @@ def test_augmentation_without_strength_is_the_photo():
 
 def test_load_equals_pil_resize_and_crop():
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), "uint8"))
-    pixels = images.fit(photo, (30, 30))
-    expected = photo.resize((45, 30), Image.Resampling.BICUBIC).crop((7, 0, 37, 30))
+    pixels = images.fit(photo, images.Preprocessing((30, 30)))
+    expected = photo.resize((45, 30), Image.Resampling.BICUBIC).crop((8, 0, 38, 30))
     np.testing.assert_array_equal(pixels, np.asarray(expected))
     loaded = images.load(photo, images.Preprocessing((30, 30)))
     np.testing.assert_allclose(loaded, pixels / 127.5 - 1, atol=1e-5)

@@ -1,0 +1,115 @@
+"""A checkpoint alone says which model it is; what it does not say is asked for or reported."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from helpers import CASES, REFERENCE, forward, numpy, weights_file
+from safetensors.numpy import load_file, save_file
+
+import keras_vitnt as kv
+from keras_vitnt import from_checkpoint, images, inspect, preprocessing
+
+# What these small models' files do not say: published ones follow their family's rule.
+UNSAID = {
+    "timm_vit_map": dict(num_heads=3),
+    "torchvision_vit": dict(num_heads=3),
+    "big_vision_gap_sincos": dict(input_shape=(32, 48, 3)),
+    "big_vision_tok": dict(input_shape=(32, 48, 3)),
+    "big_vision_map": dict(input_shape=(32, 48, 3)),
+    "google_vit": dict(input_shape=(32, 48, 3)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_builds_its_own_model(case):
+    model, report = from_checkpoint(weights_file(case), report=True, **UNSAID.get(case, {}))
+    reference = np.load(REFERENCE / f"{case}.npz")
+    logits = reference["logits"]
+    difference = np.abs(numpy(forward(model, reference["image"])) - logits).max()
+    assert difference <= 5e-5 * max(1.0, np.abs(logits).max())
+    builder, options = CASES[case]
+    assert model.count_params() == builder(**options).count_params()
+    assert len(report.rows) == len([w for w in model.weights if "seed" not in w.path])
+    assert "num_heads=3: " in str(report)
+
+
+def test_what_the_arrays_leave_open_must_be_given(tmp_path):
+    arrays = load_file(weights_file("timm_vit"))
+    save_file(arrays, tmp_path / "bare.safetensors")  # without the metadata
+    with pytest.raises(ValueError, match="how many heads share the width of 36: pass num_heads"):
+        from_checkpoint(tmp_path / "bare.safetensors")
+    arrays = load_file(weights_file("timm_deit_distilled"))
+    save_file(arrays, tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match="26 positions, no square.*pass its input_shape"):
+        from_checkpoint(tmp_path / "bare.safetensors", num_heads=3)
+    model = from_checkpoint(tmp_path / "bare.safetensors", num_heads=3, input_shape=(32, 48, 3))
+    assert model.output_shape == (None, 7)
+
+
+def test_another_size_classes_and_channels(tmp_path):
+    source = weights_file("timm_vit")
+    model, report = from_checkpoint(source, report=True, input_shape=(48, 32, 1), classes=2)
+    actions = {row.variable: row.action for row in report.rows}
+    assert actions["encoder/position_embedding"] == "resized from 4 x 6 to 6 x 4"
+    assert actions["encoder/projection/kernel"] == "adapted from 3 to 1 channels"
+    assert actions["head/kernel"] == actions["head/bias"] == "re-initialised"
+    assert set(report.unused) == {"head.weight", "head.bias"}
+    table = load_file(source)["pos_embed"][0]
+    ours = numpy(model.get_layer("encoder").position_embedding)
+    np.testing.assert_array_equal(ours[0], table[0])
+    expected = kv.positions.resize(table, (4, 6), (6, 4), prefix=1)
+    np.testing.assert_array_equal(ours, expected)
+    grey = np.random.default_rng(0).normal(size=(1, 48, 32, 1)).astype("float32")
+    colour = from_checkpoint(source, input_shape=(48, 32, 3), include_top=False)
+    top = keras.Model(model.input, model.get_layer("norm").output)
+    np.testing.assert_allclose(
+        numpy(forward(top, grey)),
+        numpy(forward(colour, np.repeat(grey, 3, axis=-1))),
+        atol=1e-5,
+    )
+
+
+def test_four_channels_are_adapted_as_timm_does():
+    kernel = np.random.default_rng(0).normal(size=(2, 2, 3, 5)).astype("float32")
+    adapted = kv.weights.adapted_channels(kernel, 4)
+    expected = np.concatenate([kernel, kernel[:, :, :1]], axis=2) * 0.75
+    np.testing.assert_allclose(adapted, expected, rtol=1e-6)
+
+
+def test_inspect_tells_without_reading_arrays(monkeypatch):
+    facts, report = inspect(weights_file("timm_tnt_legacy"))
+    assert (facts["family"], facts["layout"], facts["dim"]) == ("TNT", "legacy", 60)
+    assert facts["inner_num_heads"] == 2 and facts["input_shape"] == (32, 48, 3)
+    assert "inner_num_heads=2: the configuration's num_heads_inner" in str(report)
+
+
+def test_preprocessing_comes_with_the_checkpoint(tmp_path):
+    half, imagenet = (0.5, 0.5, 0.5), (0.485, 0.456, 0.406)
+    assert preprocessing(weights_file("timm_vit")).mean == half
+    assert preprocessing(weights_file("timm_deit_distilled")).mean == imagenet
+    found = preprocessing(weights_file("hf_vit"))
+    assert found == images.Preprocessing((32, 48), interpolation="bilinear", squash=True)
+    arrays = load_file(weights_file("timm_vit"))
+    save_file(arrays, tmp_path / "model.safetensors")
+    timm = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], crop_pct=0.95, input_size=[3, 32, 48])
+    timm |= dict(interpolation="bilinear", crop_mode="squash")
+    config = dict(architecture="vit_small_patch16_224", pretrained_cfg=timm)
+    config["model_args"] = dict(num_heads=3)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = ((32, 48), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.95, "bilinear", True)
+    assert preprocessing(tmp_path) == expected
+    facts, _ = inspect(tmp_path)
+    assert facts["num_heads"] == 3
+
+
+def test_predictions_are_named():
+    logits = np.full((2, 1000), -9.0)
+    logits[0, 281] = logits[1, 517] = 3
+    (cat, *_), (crane, *_) = kv.decode_predictions(logits, top=2)
+    assert cat[0] == "tabby" and crane[0] == "crane (machine)"
+    assert cat[1] == pytest.approx(1 / (1 + 999 * np.exp(-12)))
+    assert len(set(kv.pretrained.imagenet_classes())) == 1000
+    with pytest.raises(ValueError, match=r"\(images, 1000\)"):
+        kv.decode_predictions(np.zeros((1, 10)))
