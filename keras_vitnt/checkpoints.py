@@ -104,7 +104,7 @@ def floating(name, dtype):
 def read_safetensors(path):
     from safetensors import safe_open
 
-    file = safe_open(path, framework="numpy")
+    file = safe_open(path, framework="numpy", backend="pread")
     shapes = {}
     for name in file.keys():
         part = file.get_slice(name)

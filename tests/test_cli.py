@@ -6,6 +6,7 @@ import re
 import keras
 import numpy as np
 import pytest
+from helpers import weights_file
 from PIL import Image
 from test_datasets import write_photos
 
@@ -87,14 +88,54 @@ def test_bad_input_gets_one_line_and_leaves_nothing(case, tmp_path, monkeypatch,
 
 
 def test_a_checkpoint_of_another_shape_leaves_nothing(tmp_path, monkeypatch, capsys):
-    from helpers import weights_file
-
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "train", "--weights", weights_file("timm_tnt"))
+        run(monkeypatch, "train", "--model", "tnt:Nano/8", "--weights", weights_file("timm_tnt"))
     assert stop.value.code == 2
     assert "does not fit the model" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_inspected_and_converted(tmp_path, monkeypatch, capsys):
+    """What is converted keeps its preprocessing, and answers as the checkpoint itself does."""
+    write_photos(tmp_path / "photos", ["photo.png"])
+    photo = tmp_path / "photos" / "photo.png"
+    source = weights_file("hf_vit")
+    run(monkeypatch, "inspect", source, "--classes", 3)
+    told = capsys.readouterr().out
+    assert "Hugging Face ViT or DeiT" in told and "2 re-initialised" in told
+    assert "unused: classifier.bias (of the head" in told
+    run(monkeypatch, "inspect", source, "--variables")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "block00/attention/qkv/kernel 36 x 108 transposed: vit.encoder.layer.0." in told
+    run(monkeypatch, "predict", source, photo)
+    expected = capsys.readouterr().out
+    for name in ("vit.keras", "vit.safetensors"):
+        run(monkeypatch, "convert", source, tmp_path / name)
+        assert f"{name}: 34,999 parameters" in capsys.readouterr().out
+        run(monkeypatch, "predict", tmp_path / name, photo)
+        assert capsys.readouterr().out == expected
+    left = {"photos", "vit.keras", "vit.json", "vit.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+    for name, message in (("vit.keras", "--overwrite"), ("vit.pb", "Unknown format")):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, "convert", source, tmp_path / name)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_training_starts_from_a_checkpoint(photos, tmp_path, monkeypatch, capsys):
+    """Without --model the checkpoint says which; size and preprocessing are its own."""
+    kept = []
+    monkeypatch.setattr(cli, "finish", lambda model, batches, *rest: kept.append((model, batches)))
+    source = weights_file("timm_deit_distilled")
+    train = ["train", "--weights", source, "--data", f"folder:{photos}", "--epochs", 1]
+    run(monkeypatch, *train, "--output", tmp_path / "run")
+    told = capsys.readouterr().out
+    assert "new: head/kernel, head/bias, head_distillation/kernel" in told
+    model, batches = kept[0]
+    assert model.input_shape == (None, 32, 48, 3) and model.output_shape == (None, 2)
+    assert batches.preprocessing.mean == (0.485, 0.456, 0.406)
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):

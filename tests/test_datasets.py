@@ -1,5 +1,7 @@
 """Photos in, batches out: splits, faults, order and augmentation."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -92,6 +94,22 @@ def test_augmentation_without_strength_is_the_photo():
     pixels = np.random.default_rng(0).integers(0, 255, (24, 32, 3), "uint8")
     same = training.augment(pixels, np.random.default_rng(0), strength=0, flip=False)
     np.testing.assert_array_equal(same, pixels)
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "resized", "box"),
+    [  # of a photo of 90 x 60, as torchvision rounds
+        (images.Preprocessing((30, 30)), (45, 30), (8, 0, 38, 30)),
+        (images.Preprocessing((32, 32), crop=0.9), (52, 35), (10, 2, 42, 34)),
+        (images.Preprocessing((32, 48), interpolation="bilinear"), (48, 32), (0, 0, 48, 32)),
+        (images.Preprocessing((30, 30), crop=0.95, squash=True), (31, 31), (0, 0, 30, 30)),
+    ],
+)
+def test_fit_is_resize_and_crop(preprocessing, resized, box):
+    photo = images.decode(Path(__file__).parents[1] / "examples" / "hand.jpg").resize((90, 60))
+    method = Image.Resampling[preprocessing.interpolation.upper()]
+    expected = np.asarray(photo.resize(resized, method).crop(box))
+    np.testing.assert_array_equal(images.fit(photo, preprocessing), expected)
 
 
 def test_load_equals_pil_resize_and_crop():
