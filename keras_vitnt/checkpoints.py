@@ -4,7 +4,9 @@ Nothing here runs code that a file brings: torch files are read with `weights_on
 without pickled objects, Keras' in safe mode.
 """
 
+import argparse
 import json
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -32,12 +34,14 @@ class Checkpoint(NamedTuple):
         shapes: the shape of each array, by its name in the file.
         read: reads an array by name, floating point.
         config: what JSON files beside it and metadata inside it say.
+        skipped: what else the file holds -> why it is not among the arrays.
     """
 
     source: str
     shapes: dict
     read: callable
     config: dict
+    skipped: dict = {}
 
 
 def open_checkpoint(source):
@@ -65,7 +69,7 @@ def open_checkpoint(source):
         suffixes = ", ".join(suffix for suffix, _ in READERS)
         raise ValueError(f"{path}: expected a checkpoint named *{suffixes}.")
     try:
-        shapes, read, config = reader(path)
+        shapes, read, config, *skipped = reader(path)
     except (ImportError, FileNotFoundError):
         raise
     except Exception as error:  # zip, JSON, pickle, header and dtype errors of five libraries
@@ -73,7 +77,7 @@ def open_checkpoint(source):
         raise ValueError(f"{source} cannot be read as a checkpoint: {reason}") from error
     if path.name in WEIGHT_FILES:  # the layout of hub repositories; elsewhere it may be another's
         config |= beside(path)
-    return Checkpoint(str(source), shapes, read, config)
+    return Checkpoint(str(source), shapes, read, config, *skipped)
 
 
 def is_checkpoint(source):
@@ -90,9 +94,9 @@ def beside(path):
         file = path.parent / name
         if file.is_file():
             try:
-                found |= json.loads(file.read_text())
-            except ValueError as error:
-                raise ValueError(f"{file} is no JSON: {error}") from error
+                found |= dict(json.loads(file.read_text()))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{file} holds no JSON object: {error}") from error
     return found
 
 
@@ -114,14 +118,26 @@ def read_safetensors(path):
     return shapes, file.get_tensor, dict(file.metadata() or {})
 
 
+def shard_names(index):
+    """The files that an index names, each a plain name beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of shards: {error!r}") from error
+    foreign = [name for name in names if Path(name).name != name]
+    if foreign:
+        raise ValueError(f"{index} names {foreign[0]}, which is not a file beside it.")
+    return names
+
+
 def read_shards(path):
     """An index of shards, each a file of its own."""
-    shards = json.loads(path.read_text())["weight_map"]
     files = {}
-    for name in sorted(set(shards.values())):
-        if Path(name).name != name or not (path.parent / name).is_file():
+    for name in shard_names(path):
+        if not (path.parent / name).is_file():
             raise FileNotFoundError(f"{path} names the shard {name}, which is not beside it.")
         files[name] = dict(READERS)[Path(name).suffix](path.parent / name)
+    shards = json.loads(path.read_text())["weight_map"]
     shapes = {}
     for name, shard in shards.items():
         if name not in files[shard][0]:
@@ -136,6 +152,8 @@ def read_shards(path):
 
 def read_npz(path):
     file = np.load(path, allow_pickle=False)
+    if damaged := file.zip.testzip():  # before anything is assigned
+        raise ValueError(f"{damaged} is damaged")
     shapes = {}
     for name in file.files:
         with file.zip.open(f"{name}.npy") as stream:
@@ -149,6 +167,8 @@ def read_npz(path):
             raise ValueError(f"{name} holds pickled objects, which may run code; refused")
         if dtype != "V2":
             floating(name, dtype)
+        if math.prod(shape) * dtype.itemsize > file.zip.getinfo(f"{name}.npy").file_size:
+            raise ValueError(f"{name} is shorter than its shape {shape}")
         shapes[name] = shape
 
     def read(name):
@@ -166,14 +186,16 @@ def read_torch(path):
         message = f'{path} needs torch to be read: pip install "keras-vitnt[torch]".'
         raise ImportError(message) from error
     try:
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # a file from before torch 1.6 cannot be mapped into memory
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        # Training scripts leave their arguments there: attributes of a Namespace, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            try:
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # a file from before torch 1.6 cannot be mapped into memory
+                found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         wants = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if "weights_only" not in str(error).lower():
-            raise
+        if not wants and "TorchScript" not in str(error):
+            raise ValueError("it is no file of torch.save") from error
         raise ValueError(
             "it holds more than arrays, and loading that may run code"
             + (f" (it asks for {wants[1]})" if wants else "")
@@ -195,7 +217,8 @@ def read_torch(path):
         tensor = arrays[name].detach()
         return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
-    return shapes, read, {}
+    rest = {name: f"beside {wrapper}" for name in found if wrapper and name != wrapper}
+    return shapes, read, {}, rest
 
 
 def read_keras(path):
@@ -214,11 +237,20 @@ def read_h5(path):
     import h5py
 
     file = h5py.File(path)
-    shapes = {}
-    file.visititems(
-        lambda name, x: shapes.update({name: x.shape}) if isinstance(x, h5py.Dataset) else None
-    )
-    return shapes, lambda name: file[name][()], {}
+    shapes, skipped = {}, {}
+
+    def visit(name, part):
+        if not isinstance(part, h5py.Dataset):
+            return
+        if part.external or part.is_virtual:
+            raise ValueError(f"{name} stands in another file; refused")
+        if not np.issubdtype(part.dtype, np.floating) or name.startswith("optimizer/"):
+            skipped[name] = "of the optimizer or a random generator"
+        else:
+            shapes[name] = part.shape
+
+    file.visititems(visit)
+    return shapes, lambda name: file[name][()], {}, skipped
 
 
 READERS = (
@@ -266,10 +298,8 @@ def from_hub(source):
 
     try:
         weights = next(filter(None, map(fetch, WEIGHT_FILES)), None)
-        if weights and weights.name.endswith(".index.json"):
-            for shard in sorted(set(json.loads(weights.read_text())["weight_map"].values())):
-                fetch(shard)
-        for file in CONFIG_FILES:
+        shards = shard_names(weights) if weights and weights.suffix == ".json" else ()
+        for file in (*shards, *CONFIG_FILES):
             fetch(file)
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError) as error:
         raise ValueError(
@@ -280,6 +310,8 @@ def from_hub(source):
             f"{source} is not in the cache and the hub cannot be reached "
             f"({hub.constants.ENDPOINT}; HF_HUB_OFFLINE, HF_ENDPOINT)."
         ) from error
+    except ValueError as error:  # of an index
+        raise ValueError(f"{source}: {error}") from error
     except Exception as error:  # of the HTTP library, which the hub's errors do not wrap
         reason = str(error).strip().split("\n")[0]
         raise ConnectionError(f"{source}: the download broke off: {reason}") from error

@@ -237,6 +237,10 @@ def stem(source):
 def architecture(arguments, label):
     """(function of the last options -> model, preprocessing) that `train` was asked for."""
     if arguments.weights and not arguments.model:
+        if arguments.weights.endswith((".keras", ".weights.h5")):
+            raise ValueError(
+                f"--weights {arguments.weights} needs --model too: the model it was trained as."
+            )
         asked = {"input_shape": (*arguments.image_size, 3)} if arguments.image_size else {}
         facts, _ = pretrained.inspect(arguments.weights, **asked)
 
@@ -259,7 +263,12 @@ def architecture(arguments, label):
         return model
 
     if arguments.weights:
-        return build, pretrained.preprocessing(arguments.weights, size)
+        own = arguments.weights.endswith((".keras", ".weights.h5"))
+        known = recorded(Path(arguments.weights)) if own else None
+        if known:
+            return build, known[0]._replace(size=size)
+        if not own:
+            return build, pretrained.preprocessing(arguments.weights, size)
     return build, images.Preprocessing(size, *pretrained.normalization(family.__name__))
 
 
@@ -441,10 +450,26 @@ def print_summary(folder, record):
     print(f"Next: keras-vitnt predict {folder} PHOTO...")
 
 
+def recorded(file):
+    """(preprocessing, class names) that stand beside a file of ours; None if nothing does."""
+    converted, record = file.with_name(f"{file.name}.json"), file.parent / "metrics.json"
+    if converted.is_file():
+        found = json.loads(converted.read_text())
+        return images.Preprocessing(**found["preprocessing"]), found["names"]
+    if not record.is_file():
+        return None
+    found = json.loads(record.read_text())["preprocessing"]
+    labels = file.parent / "labels.txt"
+    names = labels.read_text().splitlines() if labels.is_file() else None
+    return images.Preprocessing(**found), names
+
+
 def resolve(source):
     """What is to be opened -> (function, preprocessing, class names), from what lies beside it."""
     if is_checkpoint(source):
         facts, _ = pretrained.inspect(source)
+        if facts.get("include_top") is False:
+            raise ValueError(f"{source} has no classes: it holds a network without a head.")
         model = pretrained.from_checkpoint(source)
         return (
             lambda x: model.predict(x, verbose=0),
@@ -454,17 +479,8 @@ def resolve(source):
     path = Path(source)
     file = path / "model.keras" if (path / "model.keras").is_file() else path
     run, shape = open_model(file)
-    preprocessing, names = images.Preprocessing(shape[:2]), None
-    converted, record = file.with_suffix(".json"), file.parent / "metrics.json"
-    labels = file.parent / "labels.txt"
-    if converted.is_file():
-        found = json.loads(converted.read_text())
-        preprocessing, names = images.Preprocessing(**found["preprocessing"]), found["names"]
-    elif record.is_file():
-        found = json.loads(record.read_text())["preprocessing"]
-        preprocessing = images.Preprocessing(**{**found, "size": shape[:2]})
-        names = labels.read_text().splitlines() if labels.is_file() else None
-    return run, preprocessing, names
+    preprocessing, names = recorded(file) or (images.Preprocessing(shape[:2]), None)
+    return run, preprocessing._replace(size=shape[:2]), names
 
 
 def predict(arguments):
@@ -534,7 +550,7 @@ def convert(arguments):
             export(model, output)
             beside = {key: facts[key] for key in ("preprocessing", "names")}
             record = {"source": arguments.source, **beside}
-            output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+            output.with_name(f"{output.name}.json").write_text(json.dumps(record, indent=2) + "\n")
     print_loaded(f"{arguments.source} ({found.scheme})", found)
     print("\n".join(found.notes))
     print(f"{output}: {model.count_params():,} parameters, {size_of(output) / 1e6:.2f} MB")

@@ -1,6 +1,7 @@
 """A checkpoint -> the model it was made for, its preprocessing and its classes' names."""
 
 import json
+import re
 from functools import partial
 from importlib.resources import files
 
@@ -20,8 +21,11 @@ FAMILY_PREPROCESSING = {
 }
 SCHEME_PREPROCESSING = {
     "torchvision ViT": dict(**IMAGENET, crop=0.875, interpolation="bilinear"),
+    "torchvision ViT, 384 or larger": dict(**IMAGENET),  # its SWAG weights
     "Hugging Face ViT or DeiT": dict(mean=HALF, std=HALF, interpolation="bilinear", squash=True),
 }
+# Words in timm's names of networks that share ViT's names and compute something else.
+OTHER_NETWORKS = r"rope|dinov3|eva0?2?|_rpn_|samvit|beit"
 PIL_FILTERS = {2: "bilinear", 3: "bicubic"}  # preprocessor_config.json counts as PIL does
 
 
@@ -30,7 +34,8 @@ def family(names):
     if names.shape("pixels/projection/kernel"):
         return "TNT"
     config = names.checkpoint.config
-    word = str(config.get("architecture") or config.get("model_type") or "")
+    file = re.split(r"[/:]", names.checkpoint.source.rstrip("/"))[-1]
+    word = str(config.get("architecture") or config.get("model_type") or file)
     distilled = names.shape("encoder/distillation_token")
     return "DeiT" if word.startswith("deit") or distilled else "ViT"
 
@@ -61,9 +66,12 @@ def head_count(names, path, kind, dim, overrides):
     if option in named_variant(names):
         return named_variant(names)[option], f"the architecture {config['architecture']!r}"
     width = {"outer": "dim", "inner": "inner_dim"}[kind]
-    for size in models.VARIANTS[family(names)].values():
+    group = "TNT" if family(names) == "TNT" else "ViT"
+    for size in models.VARIANTS[group].values():
         if size[width] == dim:
-            return size[option], f"the rule of {family(names)} for a width of {dim}"
+            return size[option], f"the rule of {group} for a width of {dim}"
+    if group == "ViT" and dim % 64 == 0:
+        return dim // 64, "the rule of ViT, heads of 64"
     raise ValueError(
         f"{names.checkpoint.source} does not say how many heads share the width of {dim}: "
         f"pass {option}=..."
@@ -76,20 +84,38 @@ def architecture(names, overrides):
     Raises:
         ValueError: if arrays and configuration leave a number open.
     """
-    shape, config = names.shape, names.checkpoint.config
+    config = names.checkpoint.config
+    if names.scheme.leaves is None:
+        raise ValueError(
+            f"{names.checkpoint.source} is a model of ours: it says itself what it is. Open a "
+            ".keras file with keras.models.load_model, or build the model and use load_weights."
+        )
+    other = re.search(OTHER_NETWORKS, str(config.get("architecture", "")))
+    if other:
+        raise ValueError(
+            f"{names.checkpoint.source} is a {config['architecture']}: its {other[0]!r} is another "
+            "network under the same names."
+        )
+
+    def shape(path, needed=False):
+        found = names.shape(path)
+        if needed and found is None:
+            raise ValueError(
+                f"{names.checkpoint.source} ({names.scheme.name}) has nothing for {path}."
+            )
+        return found
+
     name = family(names)
     prefix = "block{:02}/outer" if name == "TNT" else "block{:02}"
     first = prefix.format(0)
-    dim = shape(f"{first}/norm1/gamma")
-    if dim is None:
-        raise ValueError(f"{names.checkpoint.source} ({names.scheme.name}) has no first block.")
+    dim = shape(f"{first}/norm1/gamma", needed=True)
     depth = 0
     while shape(prefix.format(depth) + "/norm1/gamma"):
         depth += 1
     options = {
         "dim": dim[0],
         "depth": depth,
-        "mlp_dim": shape(f"{first}/mlp/fc1/bias")[0],
+        "mlp_dim": shape(f"{first}/mlp/fc1/bias", needed=True)[0],
         "qkv_bias": shape(f"{first}/attention/qkv/bias") is not None,
         "class_token": shape("encoder/class_token") is not None,
         "register_tokens": (shape("encoder/register_tokens") or (0,))[0],
@@ -98,14 +124,14 @@ def architecture(names, overrides):
     options["num_heads"], why = head_count(names, f"{first}/attention", "outer", dim[0], overrides)
     notes = [f"num_heads={options['num_heads']}: {why}"]
     if name == "TNT":
-        inner = shape("pixels/position_embedding")
+        inner = shape("pixels/projection/kernel", needed=True)[3]
         options |= {
-            "inner_dim": inner[1],
-            "inner_mlp_dim": shape("block00/inner/mlp/fc1/bias")[0],
+            "inner_dim": inner,
+            "inner_mlp_dim": shape("block00/inner/mlp/fc1/bias", needed=True)[0],
             "layout": "official" if shape("block00/fold/norm2/gamma") else "legacy",
         }
         options["inner_num_heads"], why = head_count(
-            names, "block00/inner/attention", "inner", inner[1], overrides
+            names, "block00/inner/attention", "inner", inner, overrides
         )
         notes.append(f"inner_num_heads={options['inner_num_heads']}: {why}")
     else:
@@ -115,7 +141,7 @@ def architecture(names, overrides):
             "fc_norm": shape("fc_norm/gamma") is not None,
             "representation_size": (shape("pre_logits/bias") or (None,))[0],
         }
-        options["gelu"], why = gelu(names)
+        options["gelu"], why = gelu(names, overrides)
         notes.append(f"gelu={options['gelu']!r}: {why}")
     options["pooling"] = pooling(names, options)
     options["patch_size"] = weights.patch_size(names)
@@ -125,20 +151,29 @@ def architecture(names, overrides):
     classes = shape("head/bias")
     options |= {"classes": classes[0]} if classes else {"include_top": False}
     builder = {"ViT": models.ViT, "DeiT": models.DeiT, "TNT": models.TNT}[name]
-    if classes is None and config.get("num_classes", 0):
-        notes.append("no head in the checkpoint: tokens pooled, no logits")
+    if classes is None:
+        notes.append("no head in the checkpoint: the model gives pooled features")
+    if not config_preprocessing(config):
+        notes.append(f"preprocessing: the published one of {name} in {names.scheme.name}")
     return builder, options, notes
 
 
 def epsilon(names):
     config = names.checkpoint.config
     stated = config.get("layer_norm_epsilon") or config.get("layer_norm_eps")
-    rule = 1e-12 if names.scheme.table is weights.HUGGING_FACE else 1e-6
+    rule = 1e-12 if names.scheme.name == "Hugging Face ViT or DeiT" else 1e-6
     return float(stated or (1e-5 if family(names) == "TNT" else rule))
 
 
-def gelu(names):
+def gelu(names, overrides):
     config = names.checkpoint.config
+    if "gelu" in overrides:
+        return overrides["gelu"], "asked for"
+    if "siglip" in str(config.get("architecture", "")):
+        raise ValueError(
+            f"{names.checkpoint.source} is a {config['architecture']}: some of these have the "
+            'tanh GELU and nothing here says which: pass gelu="erf" or gelu="tanh".'
+        )
     if config.get("gelu"):
         return config["gelu"], "the configuration"
     if config.get("hidden_act"):
@@ -171,7 +206,13 @@ def positions(names, options, overrides, notes):
     stated = weights.source_grid(names)
     if table is None:
         google = names.scheme.table is weights.GOOGLE
-        options["positions"] = "sincos2d" if google else "none"
+        kind = overrides.get("positions") or names.checkpoint.config.get("positions")
+        if not google and kind is None:
+            raise ValueError(
+                f"{names.checkpoint.source} ({names.scheme.name}) has no position table, and "
+                'nothing says what stands for it: pass positions="none" if nothing does.'
+            )
+        options["positions"] = kind or "sincos2d"
         side = stated or (224 // options["patch_size"],) * 2
         notes.append(f"positions={options['positions']!r}: the checkpoint has no table")
         if stated is None and "input_shape" not in overrides:
@@ -229,8 +270,10 @@ def config_preprocessing(config):
 def preprocessing_of(names, size):
     """The `images.Preprocessing` of a checkpoint for images of a size (height, width)."""
     found = dict(FAMILY_PREPROCESSING[family(names)])
-    if names.scheme.name in SCHEME_PREPROCESSING and family(names) != "DeiT":
-        found = dict(SCHEME_PREPROCESSING[names.scheme.name])
+    large = f"{names.scheme.name}, 384 or larger"
+    kind = large if large in SCHEME_PREPROCESSING and max(size) >= 384 else names.scheme.name
+    if kind in SCHEME_PREPROCESSING and family(names) != "DeiT":
+        found = dict(SCHEME_PREPROCESSING[kind])
     stated = config_preprocessing(names.checkpoint.config)
     if not stated and max(size) >= 384 and found.get("crop") == 0.9:
         found["crop"] = 1.0
@@ -252,8 +295,9 @@ def preprocessing(source, size=None):
         >>> x = images.load("photo.jpg", preprocessing("hf:timm/tnt_s_patch16_224.in1k"))
     """
     names = weights.recognise(open_checkpoint(source))
-    overrides = {"input_shape": (*size, 3)} if size else {}
-    _, options, _ = architecture(names, overrides)
+    asked = {"input_shape": (*size, 3)} if size else {}
+    # What the arrays may leave open does not matter here.
+    _, options, _ = architecture(names, dict(asked, num_heads=1, inner_num_heads=1, gelu="erf"))
     return preprocessing_of(names, size or options["input_shape"][:2])
 
 
@@ -307,11 +351,6 @@ def decode_predictions(logits, top=5, names=None):
 def resolve(source, overrides):
     """Names, builder, options (the checkpoint's, then the overrides) and loading's switches."""
     names = weights.recognise(open_checkpoint(source))
-    if names.scheme.leaves is None:
-        raise ValueError(
-            f"{source} is a model of ours already: open it with keras.models.load_model, or "
-            "build the model and use load_weights."
-        )
     builder, options, notes = architecture(names, overrides)
     switches = {
         # A number of classes or channels that was asked for, and is another, is asked for.
@@ -321,8 +360,9 @@ def resolve(source, overrides):
     }
     if "classes" in overrides:
         options.pop("include_top", None)
-    if overrides.get("include_top") is False and not options.get("fc_norm"):
-        options.pop("pooling")  # tokens, unless asked for
+    if overrides.get("include_top") is False and options["pooling"] != "map":
+        if not options.get("fc_norm"):
+            options.pop("pooling")  # tokens, unless asked for
     if overrides.get("include_top", options.get("include_top", True)) is False:
         overrides = {key: value for key, value in overrides.items() if key != "classes"}
     if switches["new_head"] and "representation_size" not in overrides:

@@ -154,11 +154,11 @@ class Scheme(NamedTuple):
     unused: tuple = ()
 
 
-WRAPPED = (r"^(module|_orig_mod)\.", "")
+WRAPPED = (r"^((module|_orig_mod)\.)+", "")
 SCHEMES = (
     Scheme(
         "official TNT",
-        r"^(module\.)?inner_pos$",
+        r"^((module|_orig_mod)\.)*inner_pos$",
         TIMM_TNT,
         TORCH_LEAVES,
         (
@@ -178,10 +178,12 @@ SCHEMES = (
         ),
         ((r"^outer_tokens$", "zeros that the network never reads"),),
     ),
-    Scheme("timm TNT", r"^(module\.)?pixel_embed\.", TIMM_TNT, TORCH_LEAVES, (WRAPPED,)),
+    Scheme(
+        "timm TNT", r"^((module|_orig_mod)\.)*pixel_embed\.", TIMM_TNT, TORCH_LEAVES, (WRAPPED,)
+    ),
     Scheme(
         "timm ViT or DeiT",
-        r"^(module\.|_orig_mod\.)?patch_embed\.",
+        r"^((module|_orig_mod)\.)*patch_embed\.",
         TIMM_VIT,
         TORCH_LEAVES,
         (WRAPPED, (r"\.gamma_([12])$", r".ls\1.gamma")),  # DeiT-3's own release: gamma_1
@@ -208,7 +210,7 @@ SCHEMES = (
     ),
     Scheme(
         "torchvision ViT",
-        r"^(module\.)?conv_proj\.",
+        r"^((module|_orig_mod)\.)*conv_proj\.",
         TORCHVISION,
         TORCH_LEAVES,
         (WRAPPED, (r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),
@@ -220,6 +222,7 @@ SCHEMES = (
         FLAX_LEAVES,
         (
             (r"^(opt/target/|params/)?(img/)?", ""),
+            (r"/encoderblock/(.*)\[(\d+)\]$", r"/encoderblock_\2/\1"),  # of a scan
             (r"^Transformer/(posembed_input/)?pos_embedding$", "pos_embedding"),
             # big_vision counts each kind of layer apart, vision_transformer all together.
             (r"(encoderblock_\d+)/LayerNorm_1/", r"\1/LayerNorm_2/"),
@@ -253,8 +256,27 @@ class Names(NamedTuple):
         names = self.sources(path)
         if not names or any(name not in self.shapes for name in names):
             return None
-        parts = [to_ours(self.scheme, path, blank(self.shapes[name])).shape for name in names]
+        parts = [self.part(path, name) for name in names]
         return (*parts[0][:-1], sum(part[-1] for part in parts))
+
+    def part(self, path, name):
+        """The shape in our layout of one of the arrays that make up a variable."""
+        shape = self.shapes[name]
+        tokens = ADDED_TOKENS.search(path) and self.scheme.leaves
+        rank = 2 if path.endswith("kernel") or ADDED_TOKENS.search(path) else 1
+        rank = 4 if path.endswith("projection/kernel") and self.scheme.leaves else rank
+        try:
+            found = to_ours(self.scheme, path, blank(shape)).shape
+        except (IndexError, ValueError):
+            found = ()
+        if len(found) not in (rank, 4 if self.scheme.leaves is None else rank) or (
+            tokens and shape[0] != 1
+        ):
+            raise ValueError(
+                f"{self.checkpoint.source} ({self.scheme.name}): {self.originals[name]} has the "
+                f"shape {shape}, which is none for {path}."
+            )
+        return found
 
 
 def blank(shape):
@@ -329,9 +351,10 @@ def unstacked(checkpoint):
         return checkpoint
     shapes, places = {}, {}
     for name, shape in checkpoint.shapes.items():
-        for i in range(shape[0]) if stacked.search(name) else [None]:
-            new = stacked.sub(f"Transformer/encoderblock_{i}/", name)
-            shapes[new], places[new] = shape[1:] if i is not None else shape, (name, i)
+        if not stacked.search(name):
+            shapes[name], places[name] = shape, (name, None)
+        for i in range(shape[0]) if stacked.search(name) else ():
+            shapes[f"{name}[{i}]"], places[f"{name}[{i}]"] = shape[1:], (name, i)
     whole = lru_cache(maxsize=3)(checkpoint.read)  # query, key and value of all blocks
 
     def read(name):
@@ -391,9 +414,7 @@ def weights_h5(checkpoint, model):
         if place in checkpoint.shapes:
             shapes[path] = checkpoint.shapes[place]
     known = set(places.values())
-    others = {n: s for n, s in checkpoint.shapes.items() if n not in known and s != ()}
-    skipped = [n for n in others if "seed_generator" in n or n.startswith("optimizer")]
-    shapes |= {n: s for n, s in others.items() if n not in skipped}
+    shapes |= {name: shape for name, shape in checkpoint.shapes.items() if name not in known}
     return checkpoint._replace(
         shapes=shapes, read=lambda path: checkpoint.read(places.get(path, path))
     )
@@ -466,9 +487,9 @@ def config_image_size(config):
 
 def patch_size(names):
     """A patch's side in pixels, from the arrays."""
-    words = names.shape("pixels/position_embedding")
-    if words is not None:
-        return 4 * int(words[0] ** 0.5)  # every published TNT: a word each 4 pixels
+    fold, words = names.shape("patches/proj/kernel"), names.shape("pixels/projection/kernel")
+    if fold and words:
+        return 4 * int((fold[0] // words[-1]) ** 0.5)  # every published TNT: a word each 4 pixels
     kernel = names.shape("encoder/projection/kernel")
     if kernel is None or len(kernel) == 4:
         return kernel and kernel[0]
@@ -541,6 +562,9 @@ def plan(model, names, new_head=False, adapt_channels=False, method="timm"):
             misfits.append(f"{path} takes queries, keys and values of one size, not {parts}")
             continue
         found, change = names.shape(path), None
+        if wrong := other_heads(model, names, path):
+            misfits.append(wrong)
+            continue
         if path.endswith("projection/kernel") and len(found) == 4:
             channels = model.input_shape[-1]
             action, found, change = fit_projection(names, path, shape, channels, adapt_channels)
@@ -556,7 +580,7 @@ def plan(model, names, new_head=False, adapt_channels=False, method="timm"):
             misfits.append(f"{path} is {shape}, the file has {found} ({', '.join(originals)})")
         rows.append(Row(path, originals, shape, action))
         changes[path] = change or (lambda array: array)
-    unused, extra = {}, []
+    unused, extra = dict(names.checkpoint.skipped), []
     headless = new_head or not any(path.startswith("head") for path in variables)
     for name in sorted(names.shapes.keys() - used):
         original = names.originals[name]
@@ -622,7 +646,8 @@ def load_weights(model, source, new_head=False, adapt_channels=False, method="ti
 def assign(model, names, report, changes):
     """Do what was planned: read, lay out and assign one variable after another."""
     variables = {v.path: v for v in model.weights}
-    for row in sorted(report.rows, key=lambda row: row.sources):  # a scan's blocks in a row
+    # All blocks' arrays of one kind in a row: a scan holds them in one array.
+    for row in sorted(report.rows, key=lambda row: re.sub(r"^block\d+/", "", row.variable)):
         if row.action != "re-initialised":
             array = changes[row.variable](read_ours(names, row.variable))
             variables[row.variable].assign(array.reshape(row.shape))
@@ -640,8 +665,21 @@ def is_head_of(scheme, name):
 def uneven(names, path):
     """Whether the parts of a fused projection have sizes that do not go together."""
     sources = names.sources(path)
-    sizes = [to_ours(names.scheme, path, blank(names.shapes[n])).shape for n in sources]
+    sizes = [names.part(path, name) for name in sources]
     return len({(*s[:-1], s[-1] / share) for s, share in zip(sizes, shares(sources))}) > 1
+
+
+def other_heads(model, names, path):
+    """What is wrong where Flax arrays, which keep the heads apart, have another number of them."""
+    match = re.match(r"(block\d+|pool)/.*(qkv|key_value)/kernel$", path)
+    shape = names.shapes[names.sources(path)[0]]
+    if not match or names.scheme.leaves is not FLAX_LEAVES or len(shape) != 3:
+        return None
+    layer = model.get_layer(match[1])
+    heads = getattr(layer, "attention", layer).num_heads
+    if shape[1] == heads:
+        return None
+    return f"{path} has {heads} heads, the file has {shape[1]} ({names.sources(path)[0]})"
 
 
 def shares(sources):
@@ -696,7 +734,9 @@ def save_weights(model, path, names="timm", preprocessing=None):
         raise ValueError(f"Weights are written as .safetensors; got {path}.")
     is_tnt = any(layer.name == "pixels" for layer in model.layers)
     tables = {"timm": TIMM_TNT if is_tnt else TIMM_VIT}
-    tables |= {} if is_tnt else {"huggingface": HUGGING_FACE}
+    if not is_tnt:  # a model with a head has no pooler there
+        tables["huggingface"] = {k: v for k, v in HUGGING_FACE.items() if k != "pre_logits"}
+    heads = [layer.name for layer in model.layers if layer.name.startswith("head")]
     if names not in tables:
         raise ValueError(f"`names` must be one of {', '.join(tables)} here; got {names!r}.")
     scheme = Scheme(names, "", tables[names], TORCH_LEAVES)
@@ -721,6 +761,11 @@ def save_weights(model, path, names="timm", preprocessing=None):
     if homeless:
         raise ValueError(f"{names} has no place for {', '.join(homeless)} of {model.name!r}.")
     if names == "huggingface":
+        if not (encoder.has_class_token and encoder.prefix_positions) or "head" not in heads:
+            raise ValueError(
+                "transformers' ViT has a class token with a position of its own and a head; "
+                f"{model.name!r} has not."
+            )
         arrays = hugging_face_names(arrays)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -764,5 +809,6 @@ def describe(model):
         "layer_norm_epsilon": outer.norm1.epsilon,
         "gelu": outer.mlp.gelu,
         "global_pool": pools[0] if pools else "map",
+        "positions": model.get_layer("encoder").positions,
     }
     return {name: str(value) for name, value in facts.items()}

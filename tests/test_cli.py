@@ -115,7 +115,7 @@ def test_a_checkpoint_is_inspected_and_converted(tmp_path, monkeypatch, capsys):
         assert f"{name}: 34,999 parameters" in capsys.readouterr().out
         run(monkeypatch, "predict", tmp_path / name, photo)
         assert capsys.readouterr().out == expected
-    left = {"photos", "vit.keras", "vit.json", "vit.safetensors"}
+    left = {"photos", "vit.keras", "vit.keras.json", "vit.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == left
     for name, message in (("vit.keras", "--overwrite"), ("vit.pb", "Unknown format")):
         with pytest.raises(SystemExit) as stop:

@@ -113,3 +113,59 @@ def test_predictions_are_named():
     assert len(set(kv.pretrained.imagenet_classes())) == 1000
     with pytest.raises(ValueError, match=r"\(images, 1000\)"):
         kv.decode_predictions(np.zeros((1, 10)))
+
+
+def hub_folder(tmp_path, model, **config):
+    """A folder as timm's hub repositories are: weights without metadata, config.json."""
+    kv.save_weights(model, tmp_path / "model.safetensors")
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+TINY = dict(patch_size=8, depth=1, input_shape=(32, 32, 3), classes=7)
+
+
+def test_heads_follow_the_rule_of_the_width(tmp_path):
+    model = kv.ViT(dim=1024, num_heads=16, layer_scale=0.1, prefix_positions=False, **TINY)
+    source = hub_folder(tmp_path, model, architecture="deit3_large_patch16_224")
+    facts, report = inspect(source)
+    assert (facts["num_heads"], facts["family"]) == (16, "DeiT")
+    assert facts["preprocessing"]["mean"] == (0.485, 0.456, 0.406)
+    assert "num_heads=16: the rule of ViT for a width of 1024" in report.notes
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("vit_base_patch16_rope_224", {}, "'rope' is another network"),
+        ("vit_small_patch16_dinov3", {}, "'dinov3' is another network"),
+        ("vit_base_patch16_siglip_224", {}, 'pass gelu="erf" or gelu="tanh"'),
+        ("vit_tiny_patch8_32", dict(positions="none"), "no position table"),
+    ],
+)
+def test_networks_that_only_look_like_a_vit_are_refused(architecture, options, message, tmp_path):
+    model = kv.ViT(dim=36, num_heads=3, **options, **TINY)
+    source = hub_folder(tmp_path, model, architecture=architecture)
+    with pytest.raises(ValueError, match=message):
+        from_checkpoint(source, num_heads=3)
+
+
+def test_without_its_config_a_hugging_face_file_keeps_its_epsilon(tmp_path):
+    source = tmp_path / "vit.safetensors"
+    source.write_bytes((weights_file("hf_vit") / "model.safetensors").read_bytes())
+    facts, _ = inspect(source, num_heads=3, input_shape=(32, 48, 3))
+    assert facts["layer_norm_epsilon"] == 1e-12
+
+
+def test_pooled_features_of_an_attention_pooled_checkpoint():
+    model = from_checkpoint(
+        weights_file("big_vision_map"), include_top=False, input_shape=(32, 48, 3)
+    )
+    assert model.output_shape == (None, 36)
+
+
+def test_our_own_files_are_no_public_checkpoints(tmp_path):
+    kv.ViT(dim=36, num_heads=3, **TINY).save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="a model of ours"):
+        preprocessing(tmp_path / "model.keras")

@@ -1,9 +1,11 @@
 """Loading is total: what does not fit is refused and named, and nothing is assigned."""
 
+import argparse
 import json
 import re
 import sys
 
+import h5py
 import ml_dtypes
 import numpy as np
 import pytest
@@ -413,3 +415,84 @@ def test_written_weights_load_strictly_into_timm(case, tmp_path):
     with torch.no_grad():
         expected = other.eval()(torch.tensor(x).permute(0, 3, 1, 2)).numpy()
     np.testing.assert_allclose(numpy(forward(model, x)), expected, atol=1e-4, rtol=0)
+
+
+def test_damaged_data_is_found_before_anything_is_assigned(tmp_path):
+    content = bytearray(google_file().read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "damaged.npz").write_bytes(content)
+    builder, options = CASES["google_vit"]
+    model = builder(**options)
+    before = [numpy(v) for v in model.weights]
+    with pytest.raises(ValueError, match="damaged.npz cannot be read.*is damaged"):
+        load_weights(model, tmp_path / "damaged.npz")
+    for variable, value in zip(model.weights, before):
+        np.testing.assert_array_equal(numpy(variable), value)
+
+
+def test_a_scan_is_read_once(tmp_path, monkeypatch):
+    path = google(stacked, tmp_path, "big_vision_tok")
+    reads = []
+    read = np.lib.npyio.NpzFile.__getitem__
+    monkeypatch.setattr(
+        np.lib.npyio.NpzFile, "__getitem__", lambda self, key: reads.append(key) or read(self, key)
+    )
+    report = gives_the_reference("big_vision_tok", path)
+    blocks = [name for name in reads if name.startswith("Transformer/encoderblock/")]
+    assert len(blocks) == len(set(blocks)) == 16
+    names = {name for row in report.rows for name in row.sources}
+    assert "Transformer/encoderblock/LayerNorm_0/scale[1]" in names
+
+
+def test_another_number_of_heads_is_no_fit():
+    builder, options = CASES["google_vit"]
+    with pytest.raises(
+        ValueError, match="block00/attention/qkv/kernel has 2 heads, the file has 3"
+    ):
+        load_weights(builder(**{**options, "num_heads": 2}), google_file())
+
+
+def test_a_table_of_several_images_is_no_fit(tmp_path):
+    path = changed(tmp_path, lambda a: a.update(pos_embed=np.ones((4, 25, 36), "f4")))
+    with pytest.raises(ValueError, match=r"pos_embed has the shape \(4, 25, 36\)"):
+        load_weights(ViT(**TIMM_VIT), path)
+
+
+def test_training_checkpoints_give_their_averaged_weights(tmp_path):
+    torch = pytest.importorskip("torch")
+    arrays = {n: torch.tensor(x) for n, x in load_file(weights_file("timm_vit")).items()}
+    content = {"args": argparse.Namespace(lr=1), "state_dict": {}, "state_dict_ema": arrays}
+    torch.save(content, tmp_path / "last.pth.tar")
+    report = gives_the_reference("timm_vit", tmp_path / "last.pth.tar")
+    assert set(report.unused) == {"args", "state_dict"}
+    (tmp_path / "page.bin").write_text("<html>")
+    with pytest.raises(ValueError, match="page.bin.*no file of torch.save"):
+        load_weights(ViT(**TIMM_VIT), tmp_path / "page.bin")
+
+
+def test_h5_data_of_another_file_is_refused(tmp_path):
+    (tmp_path / "secret").write_bytes(bytes(400))
+    with h5py.File(tmp_path / "x.weights.h5", "w") as file:
+        outside = [(str(tmp_path / "secret"), 0, 400)]
+        file.create_dataset("layers/dense/vars/0", (100,), "f4", external=outside)
+    with pytest.raises(ValueError, match="vars/0 stands in another file; refused"):
+        load_weights(ViT(**TIMM_VIT), tmp_path / "x.weights.h5")
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd"])
+def test_an_index_names_only_files_beside_it(name, tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"head.bias": name}}))
+    with pytest.raises(ValueError, match="passwd, which is not a file beside it"):
+        load_weights(ViT(**TIMM_VIT), tmp_path)
+
+
+def test_transformers_has_no_place_for_every_model(tmp_path):
+    for options, message in (
+        (dict(prefix_positions=False), "a position of its own"),
+        (dict(representation_size=5), "no place for pre_logits/kernel"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model = ViT(**TIMM_VIT, **options)
+            save_weights(model, tmp_path / "model.safetensors", names="huggingface")
+    assert not list(tmp_path.iterdir())
