@@ -16,12 +16,10 @@ import numpy as np
 
 from . import benchmark, datasets, explain, images, models, pretrained, report, training
 from .checkpoints import is_checkpoint
-from .export import compare, copy, export, export_all, format_of, open_model
+from .export import FLOAT_TOLERANCE, compare, copy, export, export_all, format_of, open_model
 from .weights import load_weights, save_weights
 
 PICTURES = ("curves.png", "confusion.png", "attention.png")
-# What a float32 file may differ from Keras, relative to the largest logit (at least 1).
-FLOAT_TOLERANCE = 1e-4
 OPENED = (
     "run folder, .keras, .tflite, SavedModel, or a checkpoint (hf:OWNER/NAME, .safetensors, ...)"
 )

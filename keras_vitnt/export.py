@@ -16,6 +16,11 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from . import edge
+
+# What a float32 file may differ from Keras, relative to the largest logit (at least 1).
+FLOAT_TOLERANCE = 1e-4
+
 
 class Comparison(NamedTuple):
     """A file against the model it came from, on the same images.
@@ -36,30 +41,41 @@ def format_of(path):
     return {".tflite": "litert", ".keras": "keras", "": "saved_model"}.get(Path(path).suffix)
 
 
-def export(model, path, quantize=None):
+def export(model, path, quantize=None, graph="lean"):
     """Write a model for use without this package, in float32.
+
+    A LiteRT file passes a gate first: built-in operators only, no dynamic tensor, rank 4 at most,
+    one XNNPACK partition (of `graph="lean"`), and in float32 the model's numbers on real photos
+    within 1e-4 of the largest logit (at least 1).
 
     Args:
         model: a `keras.Model` with one input and one output, on any backend.
         path: `x.tflite` (LiteRT, batch 1, built-in operators only), `x.keras`, or a folder
             (SavedModel, any batch; its function is `serve`).
         quantize: None, or "int8" for a `.tflite` with int8 weights and float activations.
+        graph: of a `.tflite`: "lean", the network rewritten for XNNPACK (see `edge`), for a `ViT`,
+            `DeiT` or `TNT`; or "plain", as Keras exports it, for any model.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: for an unknown format or quantisation.
-        RuntimeError: if the conversion fails; no file is left then.
+        ValueError: for an unknown format, quantisation or graph.
+        RuntimeError: if the conversion fails or the gate refuses the file; no file is left then.
 
     Example:
         >>> export(model, "model_int8.tflite", quantize="int8")
     """
-    return export_all(model, {path: quantize})[0]
+    return export_all(model, {path: quantize}, graph)[0]
 
 
-def export_all(model, targets):
+def export_all(model, targets, graph="lean"):
     """Several exports of one model in one conversion process: {path: quantize} -> [path]."""
+    if graph not in ("lean", "plain"):
+        raise ValueError(f'`graph` must be "lean" or "plain"; got {graph!r}.')
+    litert = any(format_of(path) == "litert" for path in targets)
+    if litert and graph == "lean":
+        edge.check(model)
     for path, quantize in targets.items():
         kind = format_of(path)
         if kind is None:
@@ -82,7 +98,7 @@ def export_all(model, targets):
             TF_CPP_MIN_LOG_LEVEL="3",
         )
         result = subprocess.run(
-            [sys.executable, "-m", "keras_vitnt.export", str(plain), *pairs],
+            [sys.executable, "-m", "keras_vitnt.export", "--graph", graph, str(plain), *pairs],
             env=environment,
             capture_output=True,
             text=True,
@@ -109,32 +125,102 @@ def copy(model, dtype=None):
     return clone
 
 
-def write_litert(model, path, quantize):
+def write_litert(model, path, quantize, graph):
     import tensorflow as tf
 
-    signature = [keras.InputSpec(shape=(1, *model.input_shape[1:]), dtype="float32")]
-    builtins = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
-    with tempfile.TemporaryDirectory() as folder:
-        plain = str(Path(folder) / "model.tflite")
+    shape = (1, *model.input_shape[1:])
+    if graph == "plain":
         model.export(
-            plain, format="litert", input_signature=signature, target_spec=builtins, verbose=False
+            str(path),
+            format="litert",
+            input_signature=[keras.InputSpec(shape=shape, dtype="float32")],
+            target_spec={"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]},
+            verbose=False,
         )
-        if quantize:
-            from ai_edge_quantizer import quantizer, recipe
+    else:
+        run = tf.function(edge.lean(model), [tf.TensorSpec(shape, tf.float32, name="images")])
+        with tempfile.TemporaryDirectory() as folder:
+            signatures = {"serving_default": run.get_concrete_function()}
+            tf.saved_model.save(tf.Module(), folder, signatures)
+            converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+            path.write_bytes(converter.convert())
+    if quantize:
+        from ai_edge_quantizer import quantizer, recipe
 
-            tool = quantizer.Quantizer(plain, recipe.dynamic_wi8_afp32())
-            Path(plain).write_bytes(bytes(tool.quantize().quantized_model))
-        shutil.move(plain, path)
+        tool = quantizer.Quantizer(str(path), recipe.dynamic_wi8_afp32())
+        path.write_bytes(bytes(tool.quantize().quantized_model))
 
 
-def write(model, path, quantize):
+def faults(path, partitions=1):
+    """What a LiteRT file has that phones and boards may not run, or not fast: a list of str.
+
+    Args:
+        path: of the file.
+        partitions: how many XNNPACK partitions it may have; None for any number.
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    found = []
+    try:
+        interpreter = Interpreter(str(path))
+        interpreter.allocate_tensors()
+    except (RuntimeError, ValueError) as error:  # an operator that the runtime does not have
+        return [f"the interpreter refuses it: {str(error).strip().splitlines()[0]}"]
+    names = [operator["op_name"] for operator in interpreter._get_ops_details()]
+    foreign = sorted({name for name in names if name.startswith("Flex") or name == "CUSTOM"})
+    if foreign:
+        found.append(f"operators beyond the built-in ones: {', '.join(foreign)}")
+    tensors = [t for t in interpreter.get_tensor_details() if t["name"]]
+    dynamic = [t["name"] for t in tensors if -1 in t["shape_signature"]]
+    if dynamic:
+        found.append(f"dynamic tensors: {', '.join(dynamic[:3])}")
+    high = [t["name"] for t in tensors if len(t["shape"]) > 4]
+    if high:
+        found.append(f"tensors of rank 5 or more: {', '.join(high[:3])}")
+    if partitions is not None and names.count("DELEGATE") != partitions:
+        found.append(f"{names.count('DELEGATE')} XNNPACK partitions, not {partitions}")
+    return found
+
+
+def gate(model, path, quantize, graph):
+    """Refuse a LiteRT file that breaks a rule or does not compute what its model does.
+
+    Raises:
+        RuntimeError: with the rules that are broken.
+    """
+    broken = faults(path, 1 if graph == "lean" else None)
+    if not broken and not quantize:
+        photos = real_photos(model.input_shape[1:])
+        expected = np.concatenate([model(photo[None]) for photo in photos])
+        found = compare(expected, path, photos)
+        if not found.max_difference <= FLOAT_TOLERANCE * max(1.0, found.largest_logit):
+            broken = [f"it differs from Keras by {found.max_difference:.1e}"]
+    if broken:
+        raise RuntimeError(f"{Path(path).name} is refused: {'; '.join(broken)}.")
+
+
+def real_photos(shape, count=4):
+    """Some of the embedded photos as images (count, H, W, C) in -1..1."""
+    from . import datasets, images
+
+    sources = datasets.load_dataset("embedded")[1].sources
+    height, width, channels = shape
+    chosen = sources[:: len(sources) // count][:count]
+    photos = np.stack([images.load(x, images.Preprocessing((height, width))) for x in chosen])
+    return np.resize(photos.transpose(3, 0, 1, 2), (channels, *photos.shape[:3])).transpose(
+        1, 2, 3, 0
+    )
+
+
+def write(model, path, quantize, graph):
     """Write one file under a temporary name beside the target, then put it in place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         new = Path(folder) / path.name
         if format_of(path) == "litert":
-            write_litert(model, new, quantize)
+            write_litert(model, new, quantize, graph)
+            gate(model, new, quantize, graph)
         elif format_of(path) == "keras":
             model.save(new)
         else:
@@ -219,6 +305,7 @@ def compare(expected, path, images):
 def main():
     """The conversion process: `python -m keras_vitnt.export MODEL.keras PATH=QUANTIZE ...`."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--graph", default="lean")
     parser.add_argument("model")
     parser.add_argument("targets", nargs="+")
     arguments = parser.parse_args()
@@ -227,7 +314,7 @@ def main():
     model = keras.models.load_model(arguments.model, compile=False)
     for target in arguments.targets:
         path, _, quantize = target.rpartition("=")
-        write(model, path, quantize or None)
+        write(model, path, quantize or None, arguments.graph)
 
 
 if __name__ == "__main__":

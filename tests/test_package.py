@@ -21,7 +21,8 @@ ALLOWED = {
     "weights": {"checkpoints", "positions"},
     "pretrained": {"checkpoints", "images", "models", "weights"},
     "datasets": {"images"},
-    "export": {"tnt", "vit"},
+    "edge": set(),
+    "export": {"datasets", "edge", "images", "tnt", "vit"},
     "explain": {"tnt", "vit"},
     "benchmark": {"tnt", "vit"},
 }
