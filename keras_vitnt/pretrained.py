@@ -7,7 +7,7 @@ from importlib.resources import files
 
 import numpy as np
 
-from . import images, models, weights
+from . import images, models, schemes, weights
 from .checkpoints import open_checkpoint
 
 # Published preprocessing where a checkpoint's configuration says nothing (timm's values; for
@@ -185,7 +185,7 @@ def gelu(names, overrides):
                 f"one of {', '.join(kinds)}."
             )
         return kinds[config["hidden_act"]], "the configuration's hidden_act"
-    if names.scheme.table is weights.GOOGLE:
+    if names.scheme.table is schemes.GOOGLE:
         return "tanh", "Google's code"
     return "erf", f"the rule of {names.scheme.name}"
 
@@ -205,7 +205,7 @@ def positions(names, options, overrides, notes):
     prefix = options["class_token"] + options.get("distilled", False) + options["register_tokens"]
     stated = weights.source_grid(names)
     if table is None:
-        google = names.scheme.table is weights.GOOGLE
+        google = names.scheme.table is schemes.GOOGLE
         kind = overrides.get("positions") or names.checkpoint.config.get("positions")
         if not google and kind is None:
             raise ValueError(
