@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -15,11 +14,12 @@ import keras
 import numpy as np
 
 from . import benchmark, datasets, explain, images, models, pretrained, report, training
-from .checkpoints import is_checkpoint
-from .export import FLOAT_TOLERANCE, compare, copy, export, export_all, format_of, open_model
+from .export import CALIBRATION, PHOTOS, export, size_of
+from .quantize import KINDS
+from .runs import finish
+from .sources import open_function, open_keras_model, photos_of, recorded
 from .weights import load_weights, save_weights
 
-PICTURES = ("curves.png", "confusion.png", "attention.png")
 OPENED = (
     "run folder, .keras, .tflite, SavedModel, or a checkpoint (hf:OWNER/NAME, .safetensors, ...)"
 )
@@ -140,22 +140,72 @@ def parser():
     new = command(
         "convert",
         convert,
-        "convert a public checkpoint: to Keras, LiteRT, SavedModel, or other names",
+        "convert a public checkpoint: to Keras, or to other names",
         [
             "convert tnt_s_81.5.pth.tar tnt_s.keras",
-            "convert hf:google/vit-base-patch16-224 vit.tflite",
             "convert B_16.npz vit_b.safetensors --names huggingface",
         ],
     )
     checkpoint_options(new)
-    new.add_argument(
-        "output", type=Path, help="x.keras, x.tflite, x.safetensors, or a SavedModel's folder"
-    )
+    new.add_argument("output", type=Path, help="x.keras or x.safetensors")
     new.add_argument(
         "--names",
         choices=("timm", "huggingface"),
         default="timm",
         help="of the arrays in .safetensors (default: %(default)s)",
+    )
+    new.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+    new = command(
+        "export",
+        export_file,
+        "write a LiteRT, ONNX or SavedModel file, run it and compare it with Keras",
+        [
+            "export saved_models/signs signs.tflite --quantize int8",
+            "export saved_models/signs signs.tflite --quantize int8-static --max-drop 0.5",
+            "export hf:google/vit-base-patch16-224 vit.tflite --quantize fp16 --input uint8",
+            "export saved_models/signs signs.onnx --batch-size 8",
+        ],
+    )
+    new.add_argument("model", help="run folder, .keras, checkpoint or hf:OWNER/NAME")
+    new.add_argument(
+        "output", type=Path, help="x.tflite, x.onnx, x.keras, or a SavedModel's folder"
+    )
+    new.add_argument("--quantize", choices=KINDS, help="of a .tflite (default: float32)")
+    new.add_argument("--batch-size", type=positive, default=1, help="default: %(default)s")
+    new.add_argument("--image-size", type=image_size, help="SIDE or HEIGHTxWIDTH")
+    new.add_argument(
+        "--input",
+        choices=("float", "uint8"),
+        default="float",
+        help="normalised values, or pixels that the file normalises (default: %(default)s)",
+    )
+    new.add_argument(
+        "--graph",
+        choices=("lean", "plain"),
+        default="lean",
+        help="rewritten for runtimes that fuse nothing, or Keras' own (default: %(default)s)",
+    )
+    new.add_argument(
+        "--photos",
+        metavar="DATA",
+        help="compare, and calibrate, on embedded, folder:PATH or tfds:NAME (default: the run's)",
+    )
+    new.add_argument("--data-dir", help="where TensorFlow Datasets keeps its sets")
+    new.add_argument(
+        "--min-agreement", type=float, metavar="SHARE", help="refuse less top-1 agreement: 0.99"
+    )
+    new.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="keep parts in float until no more accuracy is lost",
+    )
+    new.add_argument(
+        "--keep-float", action="append", default=[], metavar="PART", help="such as block00/mlp"
+    )
+    new.add_argument(
+        "--sensitivity", action="store_true", help="what quantising each part alone does"
     )
     new.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
@@ -264,7 +314,7 @@ def architecture(arguments, label):
         own = arguments.weights.endswith((".keras", ".weights.h5"))
         known = recorded(Path(arguments.weights)) if own else None
         if known:
-            return build, known[0]._replace(size=size)
+            return build, known.preprocessing._replace(size=size)
         if not own:
             return build, pretrained.preprocessing(arguments.weights, size)
     return build, images.Preprocessing(size, *pretrained.normalization(family.__name__))
@@ -338,6 +388,7 @@ def train(arguments):
         "parameters": model.count_params(),
         "multiply_adds": benchmark.multiply_adds(model),
         "data": arguments.data,
+        "data_dir": arguments.data_dir,
         "photos": {"train": len(photos.labels), "validation": len(held_out.labels)},
         "preprocessing": preprocessing._asdict(),
         "seed": arguments.seed,
@@ -352,140 +403,16 @@ def shuffled(pixels, rng):
     return pixels
 
 
-def finish(model, validation, originals, classes, folder, record):
-    """Everything after the training: files, comparisons, pictures, metrics, summary.
-
-    `originals` has the validation photos at full size, for the pictures: {name: source}.
-    """
-    from rich.console import Console
-
-    labels = validation.photos.labels
-    x = np.concatenate([validation[i][0] for i in range(len(validation))])
-    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in classes))
-    logits = model.predict(x, batch_size=validation.batch_size, verbose=0)
-    predicted = logits.argmax(-1)
-    record["validation_accuracy"] = float((predicted == labels).mean())
-    copy(model).save(folder / "model.keras")
-
-    files = {
-        folder / "saved_model": None,
-        folder / "model.tflite": None,
-        folder / "model_int8.tflite": "int8",
-    }
-    with Console().status("Exporting SavedModel and LiteRT, running them on the photos ..."):
-        export_all(model, files)
-        if any(layer.compute_dtype != "float32" for layer in model.layers):
-            logits = copy(model, "float32").predict(x, verbose=0)  # as the files compute
-        compared = {path.name: compare(logits, path, x) for path in files}
-    record["files"] = {
-        name: {"bytes": size_of(folder / name), **found._asdict()}
-        for name, found in compared.items()
-    }
-    draw(model, validation, originals, classes, predicted, folder)
-    (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-    print_summary(folder, record)
-    for name in ("saved_model", "model.tflite"):
-        found = compared[name]
-        if not found.max_difference <= FLOAT_TOLERANCE * max(1.0, found.largest_logit):
-            raise SystemExit(
-                f"keras-vitnt: error: {folder / name} differs from Keras by "
-                f"{found.max_difference:.1e}: do not ship it."
-            )
-
-
-def size_of(path):
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return sum(file.stat().st_size for file in files)
-
-
-def draw(model, validation, originals, classes, predicted, folder):
-    import csv
-
-    with open(folder / "history.csv") as file:
-        rows = list(csv.DictReader(file))
-    labels = validation.photos.labels
-    if rows:
-        history = {name: [float(row[name]) for row in rows] for name in rows[0]}
-        report.picture_curves(history).savefig(folder / PICTURES[0], dpi=120)
-    matrix = report.confusion(labels, predicted, len(classes))
-    report.picture_confusion(matrix, classes).savefig(folder / PICTURES[1], dpi=120)
-    shown = [np.flatnonzero(labels == label)[0] for label in np.unique(labels)[:8]]
-    height, width = validation.preprocessing.size
-    larger = max(1, 160 // min(height, width))  # people see more than a small model does
-    sharp = validation.preprocessing._replace(size=(larger * height, larger * width))
-    pixels = [
-        images.fit(images.decode(originals[name]), sharp)
-        for name in (validation.photos.names[i] for i in shown)
-    ]
-    titles = [
-        classes[labels[i]]
-        if labels[i] == predicted[i]
-        else f"{classes[labels[i]]}\ntaken for {classes[predicted[i]]}"
-        for i in shown
-    ]
-    x = np.stack([validation.pixels(i) for i in shown])
-    x = images.normalize(x, validation.preprocessing)
-    explain.picture_attention(model, x, pixels, titles).savefig(folder / PICTURES[2], dpi=120)
-
-
-def print_summary(folder, record):
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{folder}: validation accuracy {record['validation_accuracy']:.2%}")
-    for column in ("file", "size", "largest difference", "top-1 agreement"):
-        table.add_column(column, justify="left" if column == "file" else "right")
-    table.add_row("model.keras", f"{size_of(folder / 'model.keras') / 1e6:.2f} MB", "", "")
-    for name, found in record["files"].items():
-        table.add_row(
-            name,
-            f"{found['bytes'] / 1e6:.2f} MB",
-            f"{found['max_difference']:.1e}",
-            f"{found['agreement']:.2%}",
-        )
-    Console().print(table)
-    print(f"Trained in {record['training_seconds']:.0f} s. Look at {', '.join(PICTURES)} there.")
-    print(f"Next: keras-vitnt predict {folder} PHOTO...")
-
-
-def recorded(file):
-    """(preprocessing, class names) that stand beside a file of ours; None if nothing does."""
-    converted, record = file.with_name(f"{file.name}.json"), file.parent / "metrics.json"
-    if converted.is_file():
-        found = json.loads(converted.read_text())
-        return images.Preprocessing(**found["preprocessing"]), found["names"]
-    if not record.is_file():
-        return None
-    found = json.loads(record.read_text())["preprocessing"]
-    labels = file.parent / "labels.txt"
-    names = labels.read_text().splitlines() if labels.is_file() else None
-    return images.Preprocessing(**found), names
-
-
-def resolve(source):
-    """What is to be opened -> (function, preprocessing, class names), from what lies beside it."""
-    if is_checkpoint(source):
-        facts, _ = pretrained.inspect(source)
-        if facts.get("include_top") is False:
-            raise ValueError(f"{source} has no classes: it holds a network without a head.")
-        model = pretrained.from_checkpoint(source)
-        return (
-            lambda x: model.predict(x, verbose=0),
-            images.Preprocessing(**facts["preprocessing"]),
-            facts["names"],
-        )
-    path = Path(source)
-    file = path / "model.keras" if (path / "model.keras").is_file() else path
-    run, shape = open_model(file)
-    preprocessing, names = recorded(file) or (images.Preprocessing(shape[:2]), None)
-    return run, preprocessing._replace(size=shape[:2]), names
+def given(photos, source, dtype):
+    """Photos as a function of `open_function` takes them."""
+    pixels = np.stack([images.fit(images.decode(photo), source.preprocessing) for photo in photos])
+    return pixels if dtype == "uint8" else images.normalize(pixels, source.preprocessing)
 
 
 def predict(arguments):
-    run, preprocessing, names = resolve(arguments.model)
-    inputs = np.stack([images.load(path, preprocessing) for path in arguments.images])
-    logits = run(inputs)
-    names = names or [f"class {i}" for i in range(logits.shape[1])]
+    run, source, dtype = open_function(arguments.model)
+    logits = run(given(arguments.images, source, dtype))
+    names = source.names or [f"class {i}" for i in range(logits.shape[1])]
     for path, best in zip(
         arguments.images, pretrained.decode_predictions(logits, arguments.top, names)
     ):
@@ -529,10 +456,10 @@ def convert(arguments):
     from rich.console import Console
 
     output = arguments.output
-    if output.suffix != ".safetensors" and format_of(output) is None:
+    if output.suffix not in (".keras", ".safetensors"):
         raise ValueError(
-            f"Unknown format of {output}: expected .keras, .tflite, .safetensors, or a folder's "
-            "name without suffix for a SavedModel."
+            f"Unknown format of {output}: expected .keras or .safetensors; `keras-vitnt export` "
+            "writes LiteRT, ONNX and SavedModel."
         )
     if output.exists() and not arguments.overwrite:
         raise FileExistsError(f"{output} exists: pass --overwrite, or another name.")
@@ -541,37 +468,91 @@ def convert(arguments):
         facts, _ = pretrained.inspect(arguments.source, **asked)
         model, found = pretrained.from_checkpoint(arguments.source, report=True, **asked)
         output.parent.mkdir(parents=True, exist_ok=True)
+        expected = images.Preprocessing(**facts["preprocessing"])
         if output.suffix == ".safetensors":
-            expected = images.Preprocessing(**facts["preprocessing"])
             save_weights(model, output, arguments.names, expected)
         else:
-            export(model, output)
-            beside = {key: facts[key] for key in ("preprocessing", "names")}
-            record = {"source": arguments.source, **beside}
-            output.with_name(f"{output.name}.json").write_text(json.dumps(record, indent=2) + "\n")
+            export(model, output, preprocessing=expected, names=facts["names"])
     print_loaded(f"{arguments.source} ({found.scheme})", found)
     print("\n".join(found.notes))
     print(f"{output}: {model.count_params():,} parameters, {size_of(output) / 1e6:.2f} MB")
 
 
 def evaluate(arguments):
-    run, preprocessing, names = resolve(arguments.model)
+    run, source, dtype = open_function(arguments.model)
+    names = source.names
     rest, held_out, classes = datasets.load_dataset(arguments.data, arguments.data_dir)
     if names and names != classes:
         raise ValueError(
             f"{arguments.model} knows the classes {', '.join(names)}; {arguments.data} has "
             f"{', '.join(classes)}."
         )
-    _, held_out = decode_photos(arguments, rest, held_out, classes, preprocessing)
-    batches = datasets.Batches(held_out, preprocessing, arguments.batch_size)
+    _, held_out = decode_photos(arguments, rest, held_out, classes, source.preprocessing)
+    labels, size = held_out.labels, arguments.batch_size
     start = time.perf_counter()
-    logits = np.concatenate([run(batches[i][0]) for i in range(len(batches))])
+    logits = np.concatenate(
+        [
+            run(given(held_out.sources[i : i + size], source, dtype))
+            for i in range(0, len(labels), size)
+        ]
+    )
     seconds = time.perf_counter() - start
-    labels = held_out.labels
     right = (logits.argmax(-1) == labels).sum()
     top5 = (np.argsort(-logits)[:, :5] == labels[:, None]).any(axis=1).mean()
     print(f"{arguments.model}: {right} of {len(labels)} right")
     print(f"top-1 {right / len(labels):.2%}, top-5 {top5:.2%}, {seconds:.1f} s")
+
+
+def export_file(arguments):
+    output = arguments.output
+    if output.exists() and not arguments.overwrite:
+        raise FileExistsError(f"{output} exists: pass --overwrite, or another name.")
+    options = {}
+    if arguments.photos:
+        options = labelled_photos(arguments)
+    found = export(
+        arguments.model,
+        output,
+        arguments.quantize,
+        arguments.batch_size,
+        arguments.image_size,
+        arguments.input,
+        arguments.graph,
+        min_agreement=arguments.min_agreement,
+        max_drop=arguments.max_drop,
+        keep_float=arguments.keep_float,
+        sensitivity=arguments.sensitivity,
+        **options,
+    )
+    if found.sensitivity:
+        report.print_sensitivity(found.sensitivity, found.kept)
+    compared = found.comparison
+    title = str(output) if not compared else f"{output}, on {compared.photos} photos"
+    report.print_exports([found], title)
+    if found.structure:
+        inner = ", ".join(f"{count} {name}" for name, count in found.structure["operators"].items())
+        partitions = found.structure["partitions"]
+        print(f"{partitions} XNNPACK partition{'s' * (partitions != 1)}; operators: {inner}")
+    if found.kept:
+        print(f"In float: {', '.join(found.kept)}")
+    if compared and compared.accuracy is not None:
+        print(f"Accuracy change: {0.0 - compared.drop:+.2f} points")
+    print(f"The report stands in {output}.json.")
+
+
+def labelled_photos(arguments):
+    """The options of `export` for photos of another data set, at the model's size."""
+    model, source = open_keras_model(arguments.model, arguments.image_size)
+    size = arguments.image_size or model.input_shape[1:3]
+    source = source._replace(
+        preprocessing=source.preprocessing._replace(size=tuple(size)),
+        data=arguments.photos,
+        data_dir=arguments.data_dir,
+    )
+    pixels, labels, samples, faults = photos_of(source, PHOTOS, CALIBRATION)
+    if faults:
+        print(f"Left out {len(faults)} photos that cannot be read: {', '.join(faults)}")
+    return {"photos": pixels, "labels": labels, "calibration": samples}
 
 
 def list_models(arguments):

@@ -3,16 +3,17 @@
 There every operation is a pass over memory, so the graph has as few as the arithmetic allows. What
 is rewritten, exactly up to rounding:
 
-* batch 1, token streams of rank 2 (T, D): a dense layer is one FULLY_CONNECTED;
+* token streams of rank 2 (B * T, D): a dense layer is one FULLY_CONNECTED;
 * every writer to the patch stream is centred (its mean over the width is subtracted from its
   weights), so that a LayerNorm needs no mean: x * rsqrt(mean(x * x) + epsilon); TNT's words keep
   their means, because the fold's norm reads the words of a patch together;
 * a norm's scale and shift are folded into the dense layer that reads it;
 * the attention scale is folded into the queries, layer scale into the layer before it;
 * the last block computes only the rows that the head reads;
-* prefix tokens and positions are one constant; the pooling query is a constant.
+* prefix tokens and positions are one constant; the pooling query is a constant;
+* uint8 pixels are normalised by the weights of the patch projection.
 
-T tokens, N patches, D width; M words per patch, c inner width, h heads.
+B images, T tokens, N patches, D width; M words per patch, c inner width, h heads.
 """
 
 import re
@@ -21,14 +22,18 @@ import numpy as np
 from keras import ops
 
 
-def lean(model):
-    """A `ViT`, `DeiT` or `TNT` as a TensorFlow function of one image.
+def lean(model, batch_size=1, pixels=None):
+    """A `ViT`, `DeiT` or `TNT` as a TensorFlow function.
 
     Args:
         model: built by those functions, float32, under any backend; its numbers are copied.
+        batch_size: B.
+        pixels: None if the function gets what the model gets; (mean, std) per channel, of pixels
+            in 0..1, if it gets uint8 pixels and shall normalise them itself.
 
     Returns:
-        Function: float32 tensor (1, H, W, C) -> the model's output of batch 1.
+        Function: float32 or uint8 tensor (B, H, W, C) -> the model's output. Its operations are
+        named by the parts of the network, see `PARTS`.
 
     Raises:
         ValueError: if the model has other layers than those functions give it.
@@ -36,16 +41,25 @@ def lean(model):
     check(model)
     layers = {layer.name: layer for layer in model.layers}
     blocks = [layers[name] for name in sorted(layers) if name.startswith("block")]
-    stem = tnt_stem(layers) if "pixels" in layers else vit_stem(layers)
+    stem = (tnt_stem if "pixels" in layers else vit_stem)(layers, batch_size, pixels)
     run = tnt_blocks if "pixels" in layers else vit_blocks
-    rows = rows_read(layers)
-    body = run(blocks, layers["encoder"], rows)
-    head = top(layers, model)
+    body = run(blocks, layers["encoder"], rows_read(layers), batch_size)
+    head = top(layers, batch_size)
 
     def function(images):
-        return head(body(*stem(images)))
+        import tensorflow as tf
+
+        with tf.name_scope("stem"):
+            x = stem(tf.cast(images, tf.float32))
+        x = body(*x)
+        with tf.name_scope("head"):
+            return head(x)
 
     return function
+
+
+# The parts of the network whose operations carry their name, as a pattern.
+PARTS = r"stem|block\d+/(?:attention|mlp|inner|fold)|head"
 
 
 def check(model):
@@ -86,7 +100,7 @@ def dense_numbers(layer):
 
 
 def after_norm(norm, kernel, bias):
-    """A dense layer that reads a norm, with the norm's scale and shift folded in."""
+    """A dense layer that reads `normed`: the norm's scale and shift are folded in."""
     shift = number(norm.beta) @ kernel
     return number(norm.gamma)[:, None] * kernel, shift if bias is None else bias + shift
 
@@ -111,20 +125,28 @@ def central(x):
     return x - tf.reduce_mean(x, -1, keepdims=True)
 
 
-def normed(x, epsilon):
-    """A norm without scale and shift of rows that are centred already."""
+def normed(x, norm):
+    """A norm without scale and shift, of rows that are centred already."""
     import tensorflow as tf
 
-    return x * tf.math.rsqrt(tf.reduce_mean(tf.square(x), -1, keepdims=True) + epsilon)
+    return x * tf.math.rsqrt(tf.reduce_mean(tf.square(x), -1, keepdims=True) + norm.epsilon)
+
+
+def scaled(query, size):
+    """The attention scale, in the numbers of the query."""
+    return [part * size**-0.5 for part in query]
 
 
 def gelu(mlp):
-    approximate = mlp.gelu == "tanh"
+    exact = mlp.gelu == "erf"
 
     def call(x):
         import tensorflow as tf
 
-        return tf.nn.gelu(x, approximate)
+        if not exact:
+            return tf.nn.gelu(x, approximate=True)
+        # This form both LiteRT's converter and ONNX Runtime make one operation of.
+        return 0.5 * x * (1.0 + tf.math.erf(x * 0.70710677))
 
     return call
 
@@ -140,144 +162,177 @@ def table(encoder, dim):
     return found - found.mean(axis=1, keepdims=True)
 
 
-def vit_stem(layers):
-    """Images -> (token stream (T, D),)."""
+def with_prefix(x, prefix, batch_size):
+    """(B * N, D) -> (B * T, D): rows of zeros before those of each image."""
+    import tensorflow as tf
+
+    if batch_size == 1:
+        return tf.pad(x, ((prefix, 0), (0, 0)))
+    x = tf.reshape(x, (batch_size, -1, x.shape[-1]))
+    return tf.reshape(tf.pad(x, ((0, 0), (prefix, 0), (0, 0))), (-1, x.shape[-1]))
+
+
+def leading(x, rows, batch_size):
+    """(B * T, D) -> (B * rows, D): the first rows of each image; all if `rows` is None."""
+    import tensorflow as tf
+
+    if rows is None:
+        return x
+    if batch_size == 1:
+        return x[:rows]
+    return tf.reshape(tf.reshape(x, (batch_size, -1, x.shape[-1]))[:, :rows], (-1, x.shape[-1]))
+
+
+def normalization(pixels, channels):
+    """(mean, factor) of float64 (C,) that make uint8 pixels a model's input; (0, 1) for None."""
+    mean, std = (0.0, 1 / 255) if pixels is None else pixels
+    ones = np.ones(channels)
+    return 255 * np.asarray(mean) * ones, ones / (255 * np.asarray(std))
+
+
+def vit_stem(layers, batch_size, pixels):
+    """Images -> (token stream (B * T, D),)."""
     encoder, side = layers["encoder"], layers["patches"].patch_size
     kernel, bias = centred(*dense_numbers(encoder.projection))
     width = kernel.shape[1]
-    filters = constant(kernel.reshape(side, side, -1, width))
+    kernel = kernel.reshape(side, side, -1, width)
+    mean, factor = normalization(pixels, kernel.shape[2])
+    kernel = factor[:, None] * kernel
+    filters = constant(kernel)
     added = table(encoder, width)
     prefix = encoder.num_prefix_tokens
-    added[prefix:] += bias
-    added = constant(added)
+    added[prefix:] += bias - np.einsum("hwcd,c->d", kernel, mean)
+    added = constant(np.tile(added, (batch_size, 1)))
 
     def stem(images):
         import tensorflow as tf
 
-        x = tf.nn.conv2d(images, filters, side, "VALID")  # (1, rows, columns, D)
-        x = tf.reshape(x, (-1, width))
-        return (tf.pad(x, ((prefix, 0), (0, 0))) + added,)
+        x = tf.nn.conv2d(images, filters, side, "VALID")  # (B, rows, columns, D)
+        return (with_prefix(tf.reshape(x, (-1, width)), prefix, batch_size) + added,)
 
     return stem
 
 
-def attention(layer, norm, epsilon, scale=None, shape=None):
-    """Attention of normed rows: function of (x (T, D), rows) -> (rows, D), a centred writer.
+def attention(layer, norm, scale, groups, words):
+    """Attention of rows to rows of their own group: function of (x (rows, D)) -> (rows, D).
 
-    `shape` is (N, M) for the words of TNT, which attend within their patch; x is then (N * M, c).
+    `groups` are the images, or, with `words`, the patches whose words attend to each other. Only
+    the output for patches is centred. With `rows`, only the first of each group are computed.
     """
     heads = layer.num_heads
     kernel, bias = after_norm(norm, *dense_numbers(layer.qkv))
-    width = kernel.shape[1] // 3
-    size = width // heads
-    parts = [[*np.split(kernel, 3, axis=1)], [*np.split(bias, 3)]]
-    query = dense(parts[0][0] * size**-0.5, parts[1][0] * size**-0.5)
+    size = kernel.shape[1] // 3 // heads
+    kernels, biases = np.split(kernel, 3, axis=1), np.split(bias, 3)
+    query = dense(*scaled((kernels[0], biases[0]), size))
     # A key's bias adds the same to all scores of a query, which softmax cancels.
-    key = dense(parts[0][1])
-    kernel, bias = dense_numbers(layer.proj)
+    key = dense(kernels[1])
+    value = dense(kernels[2])
     # A value's bias passes the attention unchanged, because its scores sum to one.
-    bias = bias + parts[1][2] @ kernel
-    value = dense(parts[0][2])
-    scale = 1.0 if scale is None else number(scale.gamma)
-    kernel, bias = kernel * scale, bias * scale
-    proj = dense(*centred(kernel, bias)) if shape is None else dense(kernel, bias)
-    batch = () if shape is None else (shape[0],)
-    order = (1, 0, 2) if shape is None else (0, 2, 1, 3)
-    turned = (1, 2, 0) if shape is None else (0, 2, 3, 1)
+    kernel, bias = dense_numbers(layer.proj)
+    proj = writer(kernel, bias + biases[2] @ kernel, scale, words)
+    group = () if groups == 1 else (groups,)
+    order, turned = ((1, 0, 2), (1, 2, 0)) if groups == 1 else ((0, 2, 1, 3), (0, 2, 3, 1))
 
     def call(x, rows=None):
         import tensorflow as tf
 
-        def split(y):
-            return tf.reshape(y, (*batch, -1 if shape is None else shape[1], heads, size))
+        def split(y, order):
+            return tf.transpose(tf.reshape(y, (*group, -1, heads, size)), order)
 
-        x = normed(x if shape is None else central(x), epsilon)
-        q = tf.transpose(split(query(x if rows is None else x[:rows])), order)
-        k = tf.transpose(split(key(x)), order)
-        v = tf.transpose(split(value(x)), turned)
+        x = normed(central(x) if words else x, norm)
+        q = split(query(leading(x, rows, groups)), order)
+        k = split(key(x), order)
+        v = split(value(x), turned)  # XNNPACK packs a transposed right side fast
         scores = tf.nn.softmax(tf.linalg.matmul(q, k, transpose_b=True))
         y = tf.linalg.matmul(scores, v, transpose_b=True)
-        return proj(tf.reshape(tf.transpose(y, order), (-1, width)))
+        return proj(tf.reshape(tf.transpose(y, order), (-1, heads * size)))
 
     return call
 
 
-def mlp(layer, norm, epsilon, scale=None, shape=None):
-    """The MLP of normed rows (T, D) -> (T, D), a centred writer (`shape` as in `attention`)."""
+def writer(kernel, bias, scale, words):
+    """A dense layer whose output is added to a stream; that of patches stays centred."""
+    if scale is not None:
+        kernel, bias = kernel * number(scale.gamma), bias * number(scale.gamma)
+    return dense(kernel, bias) if words else dense(*centred(kernel, bias))
+
+
+def mlp(layer, norm, scale, words):
+    """The MLP of rows (rows, D) -> (rows, D); see `attention`."""
     first = dense(*after_norm(norm, *dense_numbers(layer.fc1)))
-    kernel, bias = dense_numbers(layer.fc2)
-    scale = 1.0 if scale is None else number(scale.gamma)
-    kernel, bias = kernel * scale, bias * scale
-    second = dense(*centred(kernel, bias)) if shape is None else dense(kernel, bias)
+    second = writer(*dense_numbers(layer.fc2), scale, words)
     activate = gelu(layer)
 
     def call(x):
-        x = normed(x if shape is None else central(x), epsilon)
-        return second(activate(first(x)))
+        return second(activate(first(normed(central(x) if words else x, norm))))
 
     return call
 
 
-def transformer_block(block, shape=None):
-    """A `TransformerBlock` on a centred stream, or on words; with `rows`, only the first ones."""
-    scaled = block.layer_scale is not None
-    attend = attention(
-        block.attention,
-        block.norm1,
-        block.norm1.epsilon,
-        block.scale1 if scaled else None,
-        shape,
-    )
-    feed = mlp(block.mlp, block.norm2, block.norm2.epsilon, block.scale2 if scaled else None, shape)
+def transformer_block(block, groups, words=False):
+    """A `TransformerBlock` on the centred stream of patches, or on words."""
+    scales = (None, None) if block.layer_scale is None else (block.scale1, block.scale2)
+    attend = attention(block.attention, block.norm1, scales[0], groups, words)
+    feed = mlp(block.mlp, block.norm2, scales[1], words)
 
     def call(x, rows=None):
-        x = (x if rows is None else x[:rows]) + attend(x, rows)
-        return x + feed(x)
+        import tensorflow as tf
+
+        with tf.name_scope("attention"):
+            x = leading(x, rows, groups) + attend(x, rows)
+        with tf.name_scope("mlp"):
+            return x + feed(x)
 
     return call
 
 
-def vit_blocks(blocks, encoder, rows):
-    run = [transformer_block(block) for block in blocks]
+def vit_blocks(blocks, encoder, rows, batch_size):
+    run = [transformer_block(block, batch_size) for block in blocks]
 
     def body(x):
-        for block in run[:-1]:
-            x = block(x)
-        return run[-1](x, rows)
+        import tensorflow as tf
+
+        for i, block in enumerate(run):
+            with tf.name_scope(f"block{i:02d}"):
+                x = block(x, rows if i == len(run) - 1 else None)
+        return x
 
     return body
 
 
-def tnt_stem(layers):
-    """Images -> (words (N * M, c), token stream (T, D))."""
+def tnt_stem(layers, batch_size, normalized):
+    """Images -> (words (B * N * M, c), token stream (B * T, D))."""
     pixels, encoder, fold = layers["pixels"], layers["encoder"], layers["patches"]
     rows, columns = encoder.grid
     side, m, width = pixels.patch_size, pixels.word_side, pixels.inner_dim
     bias = number(pixels.projection.bias)
     if pixels.positions:
         bias = bias + number(pixels.position_embedding)  # (M, c)
-    filters, stride = constant(number(pixels.projection.kernel)), pixels.projection.strides[0]
+    kernel, stride = number(pixels.projection.kernel), pixels.projection.strides[0]
+    mean, factor = normalization(normalized, kernel.shape[2])
+    filters = constant(factor[:, None] * kernel)
     added = constant(np.broadcast_to(bias, (m * m, width)).reshape(1, -1))
     to_patch = folding(fold)
-    dim = fold.dim
-    start = constant(table(encoder, dim))
     prefix = encoder.num_prefix_tokens
+    start = constant(np.tile(table(encoder, fold.dim), (batch_size, 1)))
 
     def stem(images):
         import tensorflow as tf
 
-        def cut(x, size):  # (1, rows * size, columns * size, k) -> (N, size, size, k)
+        def cut(x, size):  # (B, rows * size, columns * size, k) -> (B * N, size, size, k)
             k = x.shape[-1]
-            x = tf.reshape(x, (rows, size, columns, size * k))
-            return tf.reshape(tf.transpose(x, (0, 2, 1, 3)), (rows * columns, size, size, k))
+            x = tf.reshape(x, (-1, size, columns, size * k))
+            return tf.reshape(tf.transpose(x, (0, 2, 1, 3)), (-1, size, size, k))
 
+        if mean.any():  # before the border, whose zeros are normalised pixels
+            images = images - constant(mean)
         border = ((0, 0), (3, 3), (3, 3), (0, 0))
         if pixels.layout == "official":
             x = tf.nn.conv2d(tf.pad(cut(images, side), border), filters, stride, "VALID")
         else:
             x = cut(tf.nn.conv2d(tf.pad(images, border), filters, stride, "VALID"), m)
-        x = tf.reshape(x, (rows * columns, m * m * width)) + added
-        tokens = tf.pad(to_patch(x), ((prefix, 0), (0, 0))) + start
+        x = tf.reshape(x, (-1, m * m * width)) + added
+        tokens = with_prefix(to_patch(x), prefix, batch_size) + start
         return tf.reshape(x, (-1, width)), tokens
 
     return stem
@@ -291,7 +346,6 @@ def folding(fold):
     kernel, bias = gamma[:, None] * kernel, beta @ kernel + (0 if bias is None else bias)
     legacy = fold.layout == "legacy"
     proj = dense(*centred(kernel, bias))
-    epsilon = fold.norm1.epsilon
     if not legacy:
         scale, shift = constant(number(fold.norm2.gamma)), number(fold.norm2.beta)
         shift = constant(shift - shift.mean())
@@ -300,30 +354,36 @@ def folding(fold):
         import tensorflow as tf
 
         if legacy:
-            words = normed(central(tf.reshape(x, (-1, x.shape[1] // count))), epsilon)
+            words = normed(central(tf.reshape(x, (-1, x.shape[1] // count))), fold.norm1)
             return proj(tf.reshape(words, x.shape))
-        y = normed(proj(normed(central(x), epsilon)), fold.norm2.epsilon)
+        y = normed(proj(normed(central(x), fold.norm1)), fold.norm2)
         return central(y * scale) + shift
 
     return call
 
 
-def tnt_blocks(blocks, encoder, rows):
-    patches, prefix = encoder.num_patches, encoder.num_prefix_tokens
-    run = []
-    for block in blocks:
-        words = block.fold.proj.kernel.shape[0] // block.inner.mlp.fc2.kernel.shape[1]
-        inner = transformer_block(block.inner, (patches, words))
-        run.append((inner, folding(block.fold), transformer_block(block.outer)))
+def tnt_blocks(blocks, encoder, rows, batch_size):
+    patches, prefix = batch_size * encoder.num_patches, encoder.num_prefix_tokens
+    run = [
+        (
+            transformer_block(block.inner, patches, words=True),
+            folding(block.fold),
+            transformer_block(block.outer, batch_size),
+        )
+        for block in blocks
+    ]
 
     def body(pixels, x):
         import tensorflow as tf
 
         for i, (inner, fold, outer) in enumerate(run):
-            pixels = inner(pixels)
-            folded = fold(tf.reshape(pixels, (patches, -1)))
-            x = x + tf.pad(folded, ((prefix, 0), (0, 0)))
-            x = outer(x, rows if i == len(run) - 1 else None)
+            with tf.name_scope(f"block{i:02d}"):
+                with tf.name_scope("inner"):
+                    pixels = inner(pixels)
+                with tf.name_scope("fold"):
+                    folded = fold(tf.reshape(pixels, (patches, -1)))
+                    x = x + with_prefix(folded, prefix, batch_size)
+                x = outer(x, rows if i == len(run) - 1 else None)
         return x
 
     return body
@@ -337,8 +397,8 @@ def rows_read(layers):
     return max(layer.index for layer in pools) + 1
 
 
-def top(layers, model):
-    """The last block's rows -> the model's output."""
+def top(layers, batch_size):
+    """The last block's rows (B * rows, D) -> the model's output."""
     norm = layers.get("fc_norm") or layers["norm"]
     gamma, beta = number(norm.gamma), number(norm.beta)
     pools = [layers[name] for name in ("pool", "pool_distillation") if name in layers]
@@ -346,26 +406,33 @@ def top(layers, model):
     pre_logits = dense(*dense_numbers(layers["pre_logits"])) if "pre_logits" in layers else None
     activation = layers["predictions"].activation.__name__ if "predictions" in layers else None
     outputs = [dense(*dense_numbers(head)) for head in heads]
-    map_head = attention_pooling(pools[0]) if pools and not hasattr(pools[0], "pooling") else None
+    by_attention = pools and not hasattr(pools[0], "pooling")
+    map_head = attention_pooling(pools[0], batch_size) if by_attention else None
 
     def call(x):
         import tensorflow as tf
 
+        def affine(x):
+            return normed(x, norm) * constant(gamma) + constant(beta)
+
         if "fc_norm" not in layers:
-            x = normed(x, norm.epsilon) * constant(gamma) + constant(beta)
+            x = affine(x)
+        width = x.shape[-1]
         if not pools:
-            return x[None]
+            return tf.reshape(x, (batch_size, -1, width))
         if map_head:
             vectors = [map_head(x)]
+        elif pools[0].pooling == "avg":
+            tokens = tf.reshape(x, (batch_size, -1, width))[:, pools[0].num_prefix_tokens :]
+            vectors = [tf.reduce_mean(tokens, 1)]
         else:
+            tokens = tf.reshape(x, (batch_size, -1, width))
             vectors = [
-                x[pool.index : pool.index + 1]
-                if pool.pooling == "token"
-                else tf.reduce_mean(x[pool.num_prefix_tokens :], 0, keepdims=True)
+                tf.reshape(tokens[:, pool.index : pool.index + 1], (batch_size, width))
                 for pool in pools
             ]
         if "fc_norm" in layers:
-            vectors = [normed(v, norm.epsilon) * constant(gamma) + constant(beta) for v in vectors]
+            vectors = [affine(vector) for vector in vectors]
         if pre_logits:
             vectors = [tf.math.tanh(pre_logits(vector)) for vector in vectors]
         if outputs:
@@ -376,14 +443,14 @@ def top(layers, model):
     return call
 
 
-def attention_pooling(pool):
-    """`AttentionPooling` of normed tokens (T, D) -> (1, D); its query is a constant."""
+def attention_pooling(pool, batch_size):
+    """`AttentionPooling` of normed tokens (B * T, D) -> (B, D); its query is a constant."""
     heads, prefix = pool.num_heads, pool.num_prefix_tokens
     kernel, bias = dense_numbers(pool.query)
     width = len(kernel)
     size = width // heads
     query = (number(pool.query_token) @ kernel + bias) * size**-0.5
-    query = constant(query.reshape(1, heads, size).transpose(1, 0, 2))  # (h, 1, d)
+    query = constant(query.reshape(1, heads, 1, size))
     kernel, bias = dense_numbers(pool.key_value)
     key = dense(kernel[:, :width])
     value = dense(kernel[:, width:])
@@ -396,13 +463,14 @@ def attention_pooling(pool):
     def call(x):
         import tensorflow as tf
 
-        def split(y):
-            return tf.transpose(tf.reshape(y, (-1, heads, size)), (1, 0, 2))
+        def split(y, order):  # (B * T, D) -> (B, h, N, d) or (B, h, d, N)
+            y = tf.reshape(y, (batch_size, -1, heads, size))[:, prefix:]
+            return tf.transpose(y, order)
 
-        x = x[prefix:]
-        scores = tf.nn.softmax(tf.linalg.matmul(query, split(key(x)), transpose_b=True))
-        y = tf.linalg.matmul(scores, split(value(x)))  # (h, 1, d)
-        pooled = proj(tf.reshape(y, (1, width)))
-        return pooled + second(activate(first(normed(central(pooled), pool.norm.epsilon))))
+        scores = tf.reduce_sum(split(key(x), (0, 2, 1, 3)) * query, -1)  # (B, h, N)
+        scores = tf.nn.softmax(scores)[:, :, None]
+        y = tf.linalg.matmul(scores, split(value(x), (0, 2, 3, 1)), transpose_b=True)
+        pooled = proj(tf.reshape(y, (batch_size, width)))
+        return pooled + second(activate(first(normed(central(pooled), pool.norm))))
 
     return call

@@ -50,3 +50,42 @@ def picture_confusion(matrix, names):
     right = np.trace(matrix)
     axis.set_title(f"{right} of {matrix.sum()} right ({right / matrix.sum():.1%})", fontsize=10)
     return figure
+
+
+def print_exports(found, title):
+    """A table of `export.Report`s, a line each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    labelled = any(file.comparison and file.comparison.accuracy is not None for file in found)
+    columns = ["file", "size", "difference", "agreement"]
+    for column in [*columns, *(["accuracy"] if labelled else []), "median"]:
+        table.add_column(column, justify="left" if column == "file" else "right")
+    for file in found:
+        row = [file.path.name, f"{file.bytes / 1e6:.2f} MB"]
+        if file.comparison:
+            row += [f"{file.comparison.max_difference:.1e}", f"{file.comparison.agreement:.2%}"]
+            row += [f"{file.comparison.accuracy:.2%}"] if labelled else []
+            row += [f"{file.milliseconds:.2f} ms"]
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_sensitivity(rows, kept):
+    """A table of `quantize.Sensitivity`, the most harmful part first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Each part quantised alone")
+    for column in ("part", "saves", "signal to noise", "agreement", ""):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for row in rows:
+        table.add_row(
+            row.part,
+            f"{row.saved / 1e3:.0f} kB",
+            f"{row.decibels:.1f} dB",
+            f"{row.agreement:.2%}",
+            "kept in float" if row.part in kept else "",
+        )
+    Console().print(table)

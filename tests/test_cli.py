@@ -11,7 +11,7 @@ from PIL import Image
 from test_datasets import write_photos
 
 from keras_vitnt import cli, explain, models
-from keras_vitnt.export import export, open_model
+from keras_vitnt.gate import open_model
 
 
 def run(monkeypatch, *arguments):
@@ -38,7 +38,8 @@ def test_train_leaves_every_file_and_predicts(photos, shallow, tmp_path, monkeyp
     train = ["train", "--data", f"folder:{photos}", "--model", "tnt:Nano/8", "--epochs", 2]
     run(monkeypatch, *train, "--image-size", "16x24", "--batch-size", 8, "--output", output)
     expected = "attention.png confusion.png curves.png history.csv labels.txt metrics.json"
-    expected += " model.keras model.tflite model_int8.tflite saved_model"
+    files = "model.tflite model_int8.tflite saved_model"
+    expected += f" model.keras {files} {files.replace(' ', '.json ')}.json"
     assert {path.name for path in output.iterdir()} == set(expected.split())
     record = json.loads((output / "metrics.json").read_text())
     for name in ("saved_model", "model.tflite"):
@@ -117,7 +118,7 @@ def test_a_checkpoint_is_inspected_and_converted(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out == expected
     left = {"photos", "vit.keras", "vit.keras.json", "vit.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == left
-    for name, message in (("vit.keras", "--overwrite"), ("vit.pb", "Unknown format")):
+    for name, message in (("vit.keras", "--overwrite"), ("vit.tflite", "keras-vitnt export")):
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch, "convert", source, tmp_path / name)
         assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -227,16 +228,10 @@ def test_attention_maps_are_distributions_over_tokens():
     assert explain.attention_overlay(model, images).shape == (2, 16, 24)
 
 
-def test_export_refuses_what_it_cannot_write(tmp_path):
-    model = models.ViT("Nano/8", input_shape=(8, 8, 3), classes=2)
-    with pytest.raises(ValueError, match="Unknown format"):
-        export(model, tmp_path / "model.pb")
-    with pytest.raises(ValueError, match="quantize='int4'"):
-        export(model, tmp_path / "model.tflite", quantize="int4")
+def test_a_file_that_is_cut_short_is_named(tmp_path):
     (tmp_path / "cut.tflite").write_bytes(b"TFL3")
     with pytest.raises(ValueError, match="cut.tflite cannot be read"):
         open_model(tmp_path / "cut.tflite")
-    assert [path.name for path in tmp_path.iterdir()] == ["cut.tflite"]
 
 
 def test_a_photo_that_is_none_is_named(tmp_path, monkeypatch, capsys):

@@ -23,7 +23,13 @@ ALLOWED = {
     "pretrained": {"checkpoints", "images", "models", "schemes", "weights"},
     "datasets": {"images"},
     "edge": set(),
-    "export": {"datasets", "edge", "images", "tnt", "vit"},
+    "gate": {"tnt", "vit"},
+    "quantize": {"edge"},
+    "sources": {"checkpoints", "datasets", "gate", "images", "pretrained", "tnt", "vit"},
+    "export": {
+        *("datasets", "edge", "gate", "images", "quantize", "sources", "tnt", "vit", "weights")
+    },
+    "runs": {"explain", "export", "images", "report", "sources"},
     "explain": {"tnt", "vit"},
     "benchmark": {"tnt", "vit"},
 }

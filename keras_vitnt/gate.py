@@ -1,0 +1,263 @@
+"""Open an exported file, run it on photos, compare it with Keras, refuse it if a rule is broken."""
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+# What a float32 file may differ from Keras, relative to the largest logit (at least 1).
+FLOAT_TOLERANCE = 1e-4
+# Below this cosine of its logits with Keras' a quantised file is broken, not just less exact.
+LEAST_COSINE = 0.9
+
+
+class Comparison(NamedTuple):
+    """A file against the model it came from, on the same photos.
+
+    Attributes:
+        photos: how many.
+        max_difference: largest absolute difference of a logit.
+        largest_logit: largest absolute logit of the model, the scale of the former.
+        cosine: between the two sets of logits, the mean over photos.
+        agreement: share of photos with the same top-1 class.
+        accuracy, keras_accuracy: share of photos that the file, and the model, get right; None
+            without labels.
+    """
+
+    photos: int
+    max_difference: float
+    largest_logit: float
+    cosine: float
+    agreement: float
+    accuracy: float | None = None
+    keras_accuracy: float | None = None
+
+    @property
+    def drop(self):
+        """What the file loses, in points: of accuracy, or without labels of agreement."""
+        if self.accuracy is None:
+            return 100 * (1 - self.agreement)
+        return 100 * (self.keras_accuracy - self.accuracy)
+
+
+def compare(actual, expected, labels=None):
+    """Logits of a file and of its model (photos, ...) -> a `Comparison`."""
+    a = actual.reshape(len(actual), -1).astype("float64")
+    b = expected.reshape(len(expected), -1).astype("float64")
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    guessed, known = actual.argmax(-1), expected.argmax(-1)
+    return Comparison(
+        len(a),
+        float(np.abs(a - b).max()),
+        float(np.abs(b).max()),
+        float(((a * b).sum(1) / np.maximum(norms, 1e-30)).mean()),
+        float((guessed == known).mean()),
+        None if labels is None else float((guessed == labels).mean()),
+        None if labels is None else float((known == labels).mean()),
+    )
+
+
+def faults(found, quantize=None, min_agreement=None):
+    """The rules of numbers that a `Comparison` breaks: a list of str."""
+    broken = []
+    limit = FLOAT_TOLERANCE * max(1.0, found.largest_logit)
+    if quantize is None and not found.max_difference <= limit:
+        broken.append(
+            f"it differs from Keras by {found.max_difference:.1e}; {limit:.1e} is allowed"
+        )
+    if not found.cosine >= LEAST_COSINE:
+        broken.append(f"the cosine of its logits with Keras' is {found.cosine:.3f}")
+    if min_agreement is not None and not found.agreement >= min_agreement:
+        broken.append(
+            f"top-1 agreement is {found.agreement:.2%} of {found.photos} photos; "
+            f"{min_agreement:.2%} was asked"
+        )
+    return broken
+
+
+def swapped(logits, labels, names):
+    """Whether names and photos are mixed up: a sentence, or None.
+
+    They are if 7 of 10 photos of some classes, or more, are taken for one another's, in a ring.
+    """
+    taken = {}
+    for label in np.unique(labels):
+        guesses = Counter(logits[labels == label].argmax(-1).tolist())
+        guess, count = guesses.most_common(1)[0]
+        if 10 * count >= 7 * guesses.total():
+            taken[int(label)] = guess
+    for label in taken:
+        ring = [label]
+        while taken.get(ring[-1]) not in (None, *ring):
+            ring.append(taken[ring[-1]])
+        if len(ring) > 1 and taken.get(ring[-1]) == label:
+            called = ", ".join(repr(names[i]) for i in ring)
+            return f"the classes {called} are taken for one another: are their labels swapped?"
+    return None
+
+
+def structure(path):
+    """What a LiteRT file consists of: a dict.
+
+    Keys: "operators" {name: count}, "partitions" (of XNNPACK), "faults" (the rules of structure
+    that are broken: list of str).
+    """
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    def opened(**options):
+        interpreter = Interpreter(str(path), **options)
+        interpreter.allocate_tensors()
+        return interpreter, Counter(o["op_name"] for o in interpreter._get_ops_details())
+
+    try:
+        _, nodes = opened()
+        plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        interpreter, operators = opened(experimental_op_resolver_type=plain)
+    except (RuntimeError, ValueError) as error:  # an operator that the runtime does not have
+        first = str(error).strip().splitlines()[0]
+        return {"faults": [f"the interpreter refuses it: {first}"]}
+    broken = []
+    foreign = sorted(name for name in operators if name.startswith("Flex") or name == "CUSTOM")
+    if foreign:
+        broken.append(f"operators beyond the built-in ones: {', '.join(foreign)}")
+    tensors = [t for t in interpreter.get_tensor_details() if t["name"]]
+    dynamic = [t["name"] for t in tensors if -1 in t["shape_signature"]]
+    if dynamic:
+        broken.append(f"dynamic tensors: {', '.join(dynamic[:3])}")
+    high = [t["name"] for t in tensors if len(t["shape"]) > 4]
+    if high:
+        broken.append(f"tensors of rank 5 or more: {', '.join(high[:3])}")
+    return {
+        "operators": dict(operators.most_common()),
+        "partitions": nodes["DELEGATE"],
+        "faults": broken,
+    }
+
+
+def open_model(path):
+    """Open an exported or saved model as a function: images (B, H, W, C) -> outputs.
+
+    Args:
+        path: a `.keras` file (opened in Keras' safe mode), a `.tflite` or `.onnx` file or a
+            SavedModel.
+
+    Returns:
+        (function of a float32 array, or uint8 for a file that takes pixels; input shape (H, W, C);
+        "float32" or "uint8", which of them).
+
+    Raises:
+        FileNotFoundError, ValueError: if there is none, or it cannot be read.
+        ModuleNotFoundError: if it needs a package that is not installed.
+    """
+    path = Path(path)
+    kind = format_of(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no model at {path}.")
+    if kind is None or (kind == "saved_model" and not (path / "saved_model.pb").is_file()):
+        raise ValueError(
+            f"{path}: expected a .keras, .tflite or .onnx file, or a SavedModel folder."
+        )
+    openers = {
+        "keras": open_keras,
+        "litert": open_litert,
+        "onnx": open_onnx,
+        "saved_model": open_saved_model,
+    }
+    try:
+        return openers[kind](path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # readers of four formats, each with its own kinds
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(f"{path} cannot be read: {first}") from error
+
+
+def format_of(path):
+    """ "litert", "onnx", "keras" or "saved_model", from a path's suffix; None for another one."""
+    known = {".tflite": "litert", ".onnx": "onnx", ".keras": "keras", "": "saved_model"}
+    return known.get(Path(path).suffix)
+
+
+def open_keras(path):
+    from . import tnt, vit  # noqa: F401  registers the layers that the file names
+
+    model = keras.models.load_model(path, compile=False)
+    return (lambda x: model.predict(x, verbose=0)), tuple(model.input_shape[1:]), "float32"
+
+
+def open_saved_model(path):
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(path))
+    _, arguments = loaded.signatures["serving_default"].structured_input_signature
+    given = next(iter(arguments.values()))
+    return (
+        (lambda x: loaded.serve(tf.convert_to_tensor(x)).numpy()),
+        tuple(given.shape[1:]),
+        given.dtype.name,
+    )
+
+
+def in_batches(run, images, size):
+    """A function of fixed batch size on any number of images; the last batch is filled up."""
+    outputs = []
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        outputs.append(run(np.resize(batch, (size, *batch.shape[1:])))[: len(batch)])
+    return np.concatenate(outputs)
+
+
+def open_onnx(path):
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{path} needs ONNX Runtime: pip install 'keras-vitnt[onnx]'."
+        ) from error
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    given = session.get_inputs()[0]
+
+    def run(images):
+        return session.run(None, {given.name: images})[0]
+
+    size = given.shape[0] if isinstance(given.shape[0], int) else None
+    dtype = "uint8" if given.type == "tensor(uint8)" else "float32"
+    whole = run if size is None else (lambda images: in_batches(run, images, size))
+    return whole, tuple(given.shape[1:]), dtype
+
+
+def open_litert(path):
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path), num_threads=os.cpu_count())
+    interpreter.allocate_tensors()
+    given = interpreter.get_input_details()[0]
+    result = interpreter.get_output_details()[0]["index"]
+    size, *shape = (int(side) for side in given["shape"])
+
+    def run(images):
+        interpreter.set_tensor(given["index"], images)
+        interpreter.invoke()
+        return interpreter.get_tensor(result)
+
+    dtype = np.dtype(given["dtype"]).name
+    return (lambda images: in_batches(run, images, size)), tuple(shape), dtype
+
+
+def latencies(functions, rounds=30, seconds=4.0):
+    """Median milliseconds of each function, which take turns: {name: function} -> {name: float}."""
+    times = {name: [] for name in functions}
+    started = time.perf_counter()
+    for i in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if i:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+        if i >= 5 and time.perf_counter() - started > seconds:
+            break
+    return {name: 1e3 * float(np.median(found)) for name, found in times.items()}

@@ -1,0 +1,77 @@
+"""What a training leaves in its folder: files, comparisons, pictures, figures."""
+
+import csv
+import json
+
+import numpy as np
+
+from . import explain, images, report, sources
+from .export import copy, export_all
+
+PICTURES = ("curves.png", "confusion.png", "attention.png")
+COMPARED = 2000  # photos that the files are run on, at most
+
+
+def finish(model, validation, originals, classes, folder, record):
+    """Everything after the training: files, comparisons, pictures, metrics, summary.
+
+    `originals` has the validation photos at full size, for the pictures: {name: source}.
+    """
+    labels = validation.photos.labels
+    x = np.concatenate([validation[i][0] for i in range(len(validation))])
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in classes))
+    predicted = model.predict(x, batch_size=validation.batch_size, verbose=0).argmax(-1)
+    record["validation_accuracy"] = float((predicted == labels).mean())
+    copy(model).save(folder / "model.keras")
+    draw(model, validation, originals, classes, predicted, folder)
+
+    def write():
+        (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    write()  # before the files: what was trained is kept even if one of them is refused
+    files = {"saved_model": None, "model.tflite": None, "model_int8.tflite": "int8"}
+    shown = sources.evenly(len(labels), COMPARED)
+    found = export_all(
+        model,
+        {folder / name: kind for name, kind in files.items()},
+        preprocessing=validation.preprocessing,
+        names=classes,
+        photos=np.stack([validation.pixels(i) for i in shown]),
+        labels=labels[shown],
+    )
+    record["files"] = {
+        file.path.name: {"bytes": file.bytes, **file.comparison._asdict()} for file in found
+    }
+    write()
+    title = f"{folder}: validation accuracy {record['validation_accuracy']:.2%}"
+    report.print_exports(found, title)
+    print(f"Trained in {record['training_seconds']:.0f} s. Look at {', '.join(PICTURES)} there.")
+    print(f"Next: keras-vitnt predict {folder} PHOTO...")
+
+
+def draw(model, validation, originals, classes, predicted, folder):
+    with open(folder / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    labels = validation.photos.labels
+    if rows:
+        history = {name: [float(row[name]) for row in rows] for name in rows[0]}
+        report.picture_curves(history).savefig(folder / PICTURES[0], dpi=120)
+    matrix = report.confusion(labels, predicted, len(classes))
+    report.picture_confusion(matrix, classes).savefig(folder / PICTURES[1], dpi=120)
+    shown = [np.flatnonzero(labels == label)[0] for label in np.unique(labels)[:8]]
+    height, width = validation.preprocessing.size
+    larger = max(1, 160 // min(height, width))  # people see more than a small model does
+    sharp = validation.preprocessing._replace(size=(larger * height, larger * width))
+    pixels = [
+        images.fit(images.decode(originals[name]), sharp)
+        for name in (validation.photos.names[i] for i in shown)
+    ]
+    titles = [
+        classes[labels[i]]
+        if labels[i] == predicted[i]
+        else f"{classes[labels[i]]}\ntaken for {classes[predicted[i]]}"
+        for i in shown
+    ]
+    x = np.stack([validation.pixels(i) for i in shown])
+    x = images.normalize(x, validation.preprocessing)
+    explain.picture_attention(model, x, pixels, titles).savefig(folder / PICTURES[2], dpi=120)

@@ -1,0 +1,140 @@
+"""A run's folder, a file, a checkpoint or a hub name -> what is needed to run or export it."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from . import datasets, images, pretrained
+from .checkpoints import is_checkpoint
+from .gate import open_model
+
+
+class Source(NamedTuple):
+    """What a name stands for.
+
+    Attributes:
+        preprocessing: an `images.Preprocessing`.
+        names: of the classes, a list of str; None if nothing tells them.
+        data, data_dir: of the data set that it was trained on, see `datasets.load_dataset`; None
+            if nothing tells them.
+    """
+
+    preprocessing: images.Preprocessing
+    names: list | None = None
+    data: str | None = None
+    data_dir: str | None = None
+
+
+def recorded(file):
+    """The `Source` that stands beside a file of ours; None if nothing does.
+
+    `x.tflite.json` stands beside `x.tflite`, and a run's `metrics.json` beside all of its files.
+    """
+    own, run = file.with_name(f"{file.name}.json"), file.parent / "metrics.json"
+    if own.is_file():
+        found = json.loads(own.read_text())
+        return Source(images.Preprocessing(**found["preprocessing"]), found["names"])
+    if not run.is_file():
+        return None
+    found = json.loads(run.read_text())
+    labels = file.parent / "labels.txt"
+    names = labels.read_text().splitlines() if labels.is_file() else None
+    preprocessing = images.Preprocessing(**found["preprocessing"])
+    return Source(preprocessing, names, found.get("data"), found.get("data_dir"))
+
+
+def file_of(name):
+    """A run's folder stands for its model."""
+    path = Path(name)
+    return path / "model.keras" if (path / "model.keras").is_file() else path
+
+
+def open_function(name):
+    """Anything that classifies -> (function of normalised images or, if it asks, pixels; `Source`;
+    "float32" or "uint8")."""
+    if is_checkpoint(name):
+        model, source = open_keras_model(name)
+        return (lambda x: model.predict(x, verbose=0)), source, "float32"
+    file = file_of(name)
+    run, shape, dtype = open_model(file)
+    source = recorded(file) or Source(images.Preprocessing(shape[:2]))
+    fitted = source.preprocessing._replace(size=shape[:2])
+    return run, source._replace(preprocessing=fitted), dtype
+
+
+def open_keras_model(name, image_size=None):
+    """A run's folder, `.keras` file, checkpoint or `hf:` name -> (`keras.Model`, `Source`).
+
+    Args:
+        name: str or path.
+        image_size: (height, width) to build a checkpoint at; None for its own.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is none, or it cannot be read.
+    """
+    if is_checkpoint(name):
+        asked = {"input_shape": (*image_size, 3)} if image_size else {}
+        facts, _ = pretrained.inspect(name, **asked)
+        if facts.get("include_top") is False:
+            raise ValueError(f"{name} has no classes: it holds a network without a head.")
+        model = pretrained.from_checkpoint(name, **asked)
+        return model, Source(images.Preprocessing(**facts["preprocessing"]), facts["names"])
+    file = file_of(name)
+    if not file.exists():
+        raise FileNotFoundError(f"There is no model at {file}.")
+    if file.suffix != ".keras":
+        raise ValueError(
+            f"{file}: expected a run's folder, a .keras file, a checkpoint or hf:OWNER/NAME."
+        )
+    from . import tnt, vit  # noqa: F401  registers the layers that the file names
+
+    try:
+        model = keras.models.load_model(file, compile=False)
+    except Exception as error:  # Keras has many kinds
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(f"{file} cannot be read: {first}") from error
+    size = tuple(model.input_shape[1:3])
+    return model, recorded(file) or Source(images.Preprocessing(size))
+
+
+def evenly(items, count):
+    """At most `count` indices of items, spread evenly."""
+    return np.unique(np.linspace(0, items - 1, min(items, count)).round().astype(int))
+
+
+def photos_of(source, limit, calibration=0):
+    """Photos of the data that a model was trained on, as its size has them.
+
+    Args:
+        source: a `Source` with data.
+        limit: at most so many of the validation part; `calibration`: of the training part.
+
+    Returns:
+        (uint8 (P, H, W, 3), labels (P,) as `source.names` counts them, uint8 (Q, H, W, 3) or None,
+        list of str that names photos which cannot be read).
+
+    Raises:
+        ValueError: if the data has other classes.
+    """
+    train, validation, classes = datasets.load_dataset(source.data, source.data_dir)
+    names = source.names or classes
+    if sorted(names) != sorted(classes):
+        raise ValueError(
+            f"The model knows the classes {', '.join(names)}; {source.data} has "
+            f"{', '.join(classes)}."
+        )
+
+    def decoded(part, count):
+        chosen = part.take(evenly(len(part.labels), count))
+        good, faults = datasets.decode_all(chosen, source.preprocessing)
+        return np.stack(good.sources), good.labels, faults
+
+    pixels, labels, faults = decoded(validation, limit)
+    labels = np.array([names.index(classes[label]) for label in labels])
+    if not calibration:
+        return pixels, labels, None, faults
+    samples, _, more = decoded(train, calibration)
+    return pixels, labels, samples, faults + more

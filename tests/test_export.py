@@ -1,0 +1,313 @@
+"""Files are the model's numbers, or are not left; each was run in the runtime that users have."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from helpers import CASES, REFERENCE, forward, numpy, weights_file
+from test_cli import run
+from test_datasets import write_photos
+from test_models import TNT, VIT, settle
+
+from keras_vitnt import gate, images, load_weights, models, quantize
+from keras_vitnt.export import export, export_all, put_in_place, real_photos, resized
+
+SIGNS = Path(__file__).parent.parent / "saved_models" / "signs"
+
+
+def numbers(path, photos, preprocessing):
+    """A file's outputs for pixels."""
+    model, shape, dtype = gate.open_model(path)
+    assert shape == photos.shape[1:]
+    return model(photos if dtype == "uint8" else images.normalize(photos, preprocessing))
+
+
+@pytest.mark.parametrize("case", ["timm_tnt", "timm_deit_distilled"])
+def test_every_backend_writes_the_references_numbers(case, tmp_path):
+    """timm's weights and logits: whichever backend exports, the file has them."""
+    builder, options = CASES[case]
+    model = builder(**options)
+    load_weights(model, weights_file(case))
+    with np.load(REFERENCE / f"{case}.npz") as stored:
+        image, expected = stored["image"], stored["logits"]
+    export(model, tmp_path / "model.tflite", batch_size=len(image))
+    found = gate.open_model(tmp_path / "model.tflite")[0](image)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+def test_every_format_quantisation_and_input(tmp_path):
+    model = settle(models.TNT(**TNT))
+    preprocessing = images.Preprocessing((8, 12), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    photos = real_photos((8, 12, 3))
+    expected = numpy(forward(model, images.normalize(photos, preprocessing)))
+    files = {
+        "float.tflite": None,
+        "half.tflite": "fp16",
+        "int8.tflite": "int8",
+        "static.tflite": "int8-static",
+        "model.onnx": None,
+        "saved_model": None,
+        "model.keras": None,
+    }
+    for given, graph in (("float", "lean"), ("uint8", "plain")):
+        folder = tmp_path / given
+        found = export_all(
+            model,
+            {folder / name: kind for name, kind in files.items()},
+            graph,
+            batch_size=3,
+            input=given,
+            preprocessing=preprocessing,
+            photos=photos,
+            calibration=photos,
+            names=list("abcdefg"),
+        )
+        left = {*files, *(f"{name}.json" for name in files)}
+        assert {path.name for path in folder.iterdir()} == left
+        for report in found[:-1]:
+            exact = report.quantize is None
+            close = 1e-5 if exact else 0.01 if report.quantize == "fp16" else 0.3
+            outputs = numbers(report.path, photos, preprocessing)
+            np.testing.assert_allclose(outputs, expected, atol=close * np.abs(expected).max())
+            if report.format == "litert" and graph == "lean":
+                assert report.structure["partitions"] == 1 or report.quantize == "int8-static"
+            record = json.loads((folder / f"{report.path.name}.json").read_text())
+            assert record["comparison"]["max_difference"] == report.comparison.max_difference
+            assert record["names"] == list("abcdefg") and record["bytes"] == report.bytes
+            assert record["preprocessing"]["mean"] == [0.4, 0.5, 0.6]
+        opened = keras.models.load_model(folder / "model.keras", compile=False)
+        assert opened.count_params() == model.count_params()
+
+
+def test_another_image_size(tmp_path):
+    model = settle(models.ViT(**VIT))
+    new = resized(model, (16, 12))
+    assert new.input_shape == (None, 16, 12, 3)
+    same = resized(new, (16, 12))
+    assert same is new
+    report = export(model, tmp_path / "model.tflite", image_size=(16, 12))
+    photos = real_photos((16, 12, 3))
+    plain = images.Preprocessing((16, 12))
+    expected = numpy(forward(new, images.normalize(photos, plain)))
+    np.testing.assert_allclose(numbers(report.path, photos, plain), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="image_size 15 x 12 cannot be cut"):
+        export(model, tmp_path / "other.tflite", image_size=(15, 12))
+
+
+def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
+    model = models.ViT(**VIT)
+    by_hand = keras.Sequential([keras.Input((8, 12, 3)), keras.layers.Flatten()])
+    wrong = [
+        (by_hand, "x.tflite", {}, 'pass graph="plain"'),
+        (model, "x.tflite", {"graph": "fast"}, "graph.*got 'fast'"),
+        (model, "x.tflite", {"input": "int4"}, "input.*got 'int4'"),
+        (model, "x.tflite", {"batch_size": 0}, "batch_size.*got 0"),
+        (model, "x.tflite", {"quantize": "int4"}, "quantize='int4'"),
+        (model, "x.tflite", {"quantize": "int8-static"}, "needs photos of the training data"),
+        (model, "x.tflite", {"max_drop": 0.1}, "of a quantised file"),
+        (model, "x.onnx", {"quantize": "int8"}, "quantize='int8' of .*x.onnx"),
+        (model, "x.pb", {}, "Unknown format"),
+        (model, "x.tflite", {"photos": np.zeros((1, 8, 8, 3), "uint8")}, "photos.*8, 12, 3"),
+        ("absent", "x.tflite", {}, "no model at absent"),
+    ]
+    for given, name, options, message in wrong:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            export(given, tmp_path / name, **options)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match="photos is a folder of something else"):
+        export(model, tmp_path / "photos")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Cannot write .*x.tflite"):
+        export(model, tmp_path / "file" / "x.tflite")
+
+
+def litert(path, function, shape, flex=False):
+    """A LiteRT file of any function."""
+    import tensorflow as tf
+
+    traced = tf.function(function, [tf.TensorSpec(shape, tf.float32)])
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([traced.get_concrete_function()])
+    if flex:
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.SELECT_TF_OPS]
+    path.write_bytes(converter.convert())
+    return gate.structure(path)
+
+
+def test_the_gate_finds_planted_faults_of_structure(tmp_path):
+    import tensorflow as tf
+
+    square = np.eye(4, dtype="float32")
+    path = tmp_path / "x.tflite"
+    assert "Flex" in litert(path, tf.math.erf, (1, 4), flex=True)["faults"][0]
+    found = litert(path, lambda x: x @ square, (None, 4))
+    assert "dynamic tensors" in found["faults"][0]
+    found = litert(
+        path,
+        lambda x: tf.transpose(tf.reshape(x, (2, 2, 2, 2, 2)), (4, 3, 2, 1, 0)),
+        (1, 32),
+    )
+    assert "rank 5" in found["faults"][0]
+    found = litert(
+        path,
+        lambda x: tf.nn.softmax(tf.cumsum(tf.nn.softmax(x @ square), 1) @ square) @ square,
+        (1, 4),
+    )
+    assert found["faults"] == [] and found["partitions"] == 2
+
+
+def test_the_gate_finds_a_wrong_weight(tmp_path):
+    """The file of one model against the numbers of another, which differs in one bias."""
+    model = settle(models.ViT(**VIT))
+    report = export(model, tmp_path / "model.tflite")
+    photos, plain = real_photos((8, 12, 3)), images.Preprocessing((8, 12))
+    outputs = numbers(report.path, photos, plain)
+    x = images.normalize(photos, plain)
+    assert gate.faults(gate.compare(outputs, numpy(forward(model, x)))) == []
+    bias = model.get_layer("block00").mlp.fc2.bias
+    bias.assign(numpy(bias) + np.eye(1, 16, dtype="float32")[0])
+    found = gate.compare(outputs, numpy(forward(model, x)))
+    assert "it differs from Keras by" in gate.faults(found)[0]
+    assert "top-1 agreement" in gate.faults(found, "int8", min_agreement=1.01)[0]
+    upside_down = gate.compare(-outputs, outputs)
+    assert "cosine" in gate.faults(upside_down, "int8")[0]
+    assert gate.faults(found._replace(max_difference=float("nan")))  # no number is no pass
+
+
+@pytest.fixture
+def signs(tmp_path):
+    """The kept run, without its large files."""
+    folder = tmp_path / "signs"
+    folder.mkdir()
+    for name in ("model.keras", "metrics.json", "labels.txt"):
+        (folder / name).write_bytes((SIGNS / name).read_bytes())
+    return folder
+
+
+def test_a_run_is_exported_on_its_own_photos(signs, tmp_path, monkeypatch, capsys):
+    """int8 of the main job's model: 99 % of answers, 0.3 points; then with two labels swapped."""
+    target = tmp_path / "signs.tflite"
+    run(monkeypatch, "export", signs, target, "--quantize", "int8", "--min-agreement", 0.99)
+    told = capsys.readouterr().out
+    assert "1 XNNPACK partition;" in told and "Accuracy change:" in told
+    found = json.loads((tmp_path / "signs.tflite.json").read_text())["comparison"]
+    assert found["photos"] == 411 and found["agreement"] >= 0.99
+    assert found["keras_accuracy"] - found["accuracy"] <= 0.003
+    run(monkeypatch, "predict", target, SIGNS.parent.parent / "examples" / "hand.jpg")
+    assert re.search(r"9\d\.\d+%  5", capsys.readouterr().out)
+
+    names = (signs / "labels.txt").read_text().split()
+    names[2], names[7] = names[7], names[2]
+    (signs / "labels.txt").write_text("\n".join(names) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "export", signs, tmp_path / "swapped.tflite")
+    assert stop.value.code == 2
+    assert "'7', '2' are taken for one another: are their labels" in capsys.readouterr().err
+    assert not list(tmp_path.glob("swapped*")) and not list(tmp_path.glob(".export-*"))
+
+
+def test_labels_in_a_ring_are_found_and_a_bad_model_is_not_blamed():
+    labels = np.repeat(np.arange(4), 10)
+    logits = np.eye(4)[labels]
+    assert gate.swapped(logits, labels, "abcd") is None
+    assert "'b', 'd', 'c' are taken" in gate.swapped(logits, np.array([0, 2, 3, 1])[labels], "abcd")
+    assert gate.swapped(np.eye(4)[0 * labels], labels, "abcd") is None  # all for one class
+
+
+def test_max_drop_keeps_the_fewest_harmful_parts(tmp_path):
+    """Random logits agree by luck, so that int8 loses some; all kept in float loses none."""
+    model = settle(models.ViT(**VIT))
+    photos = np.random.default_rng(0).integers(0, 256, (60, 8, 12, 3), dtype="uint8")
+    options = dict(photos=photos, quantize="int8-static", calibration=photos[:8])
+    free = export(model, tmp_path / "free.tflite", sensitivity=True, **options)
+    parts = {f"block0{i}/{part}" for i in range(2) for part in ("attention", "mlp")}
+    assert {row.part for row in free.sensitivity} == parts | {"stem", "head"}
+    assert [row.decibels for row in free.sensitivity] == sorted(
+        row.decibels for row in free.sensitivity
+    )
+    assert free.comparison.drop > 0 and free.kept == []
+    held = export(model, tmp_path / "held.tflite", max_drop=0, **options)
+    assert held.comparison.drop == 0 and 0 < len(held.kept) <= len(parts) + 2
+    one = export(model, tmp_path / "one.tflite", keep_float=["block00/mlp"], **options)
+    assert one.kept == ["block00/mlp"]
+    with pytest.raises(RuntimeError, match="no part 'block07/mlp' to keep in float; there are: "):
+        export(model, tmp_path / "none.tflite", keep_float=["block07/mlp"], **options)
+
+
+def test_bisection_finds_the_smallest_file(tmp_path, monkeypatch):
+    """Parts whose quantisation loses points: those, and no others, are kept."""
+    rows = [quantize.Sensitivity(part, 100, noise, 1.0) for part, noise in zip("abcdef", range(6))]
+    monkeypatch.setattr(quantize, "quantize", lambda path, kind, keep, calibration: keep)
+    for harmful in ("", "a", "abc", "abcdef"):
+
+
+        def drop(kept, harmful=harmful):
+            return len(set(harmful) - set(kept))
+
+        content, kept = quantize.within(None, "int8", rows, drop, 0)
+        assert "".join(kept) == harmful and content == kept
+
+
+def test_an_interrupted_export_leaves_nothing(signs, tmp_path):
+    """Ctrl-C after the file is written, and before it has passed."""
+    folder = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "keras_vitnt", "export", signs, folder / "model.tflite"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(folder.glob(".export-*/model.tflite")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate()
+    assert process.returncode == 1 and told.strip().endswith("keras-vitnt: stopped")
+    assert not list(folder.iterdir())
+
+
+def test_two_exports_at_once_do_not_collide(tmp_path):
+    model = settle(models.ViT(**VIT))
+    targets = {tmp_path / "model.tflite": None, tmp_path / "saved_model": None}
+    with ThreadPoolExecutor() as pool:
+        for found in [pool.submit(export_all, model, targets) for _ in range(2)]:
+            assert len(found.result()) == 2
+    photos, plain = real_photos((8, 12, 3)), images.Preprocessing((8, 12))
+    one, other = (numbers(path, photos, plain) for path in targets)
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_folders_replace_each_other_whoever_comes_first(tmp_path):
+    """Many processes' worth of replacing one folder: one whole folder stays."""
+    target = tmp_path / "model"
+
+    def put(i):
+        new = tmp_path / f"work{i}" / "model"
+        new.mkdir(parents=True)
+        for name in ("a", "b"):
+            (new / name).write_text(str(i))
+        put_in_place(new, target)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(put, range(64)))
+    assert (target / "a").read_text() == (target / "b").read_text()
+    assert sorted(os.listdir(target)) == ["a", "b"]
+
+
+def test_photos_that_cannot_be_read_are_named(signs, tmp_path, monkeypatch, capsys):
+    for label in range(10):
+        write_photos(tmp_path / "photos" / str(label), [f"{i}.png" for i in range(5)])
+    (tmp_path / "photos" / "3" / "bad.png").write_text("no image")
+    data = f"folder:{tmp_path / 'photos'}"
+    run(monkeypatch, "export", signs, tmp_path / "model.tflite", "--photos", data)
+    told = capsys.readouterr().out
+    assert "Left out 1 photos" in told and "bad.png" in told
