@@ -101,8 +101,10 @@ def dense_numbers(layer):
 
 def after_norm(norm, kernel, bias):
     """A dense layer that reads `normed`: the norm's scale and shift are folded in."""
-    shift = number(norm.beta) @ kernel
-    return number(norm.gamma)[:, None] * kernel, shift if bias is None else bias + shift
+    count = len(kernel) // norm.gamma.shape[0]  # of normed vectors that the layer reads at once
+    gamma, beta = np.tile(number(norm.gamma), count), np.tile(number(norm.beta), count)
+    shift = beta @ kernel
+    return gamma[:, None] * kernel, shift if bias is None else bias + shift
 
 
 def dense(kernel, bias=None):
@@ -135,6 +137,13 @@ def normed(x, norm):
 def scaled(query, size):
     """The attention scale, in the numbers of the query."""
     return [part * size**-0.5 for part in query]
+
+
+def scores(q, k):
+    """Scaled queries and keys (..., T, d) -> attention scores (..., T, T)."""
+    import tensorflow as tf
+
+    return tf.nn.softmax(tf.linalg.matmul(q, k, transpose_b=True))
 
 
 def gelu(mlp):
@@ -243,8 +252,7 @@ def attention(layer, norm, scale, groups, words):
         q = split(query(leading(x, rows, groups)), order)
         k = split(key(x), order)
         v = split(value(x), turned)  # XNNPACK packs a transposed right side fast
-        scores = tf.nn.softmax(tf.linalg.matmul(q, k, transpose_b=True))
-        y = tf.linalg.matmul(scores, v, transpose_b=True)
+        y = tf.linalg.matmul(scores(q, k), v, transpose_b=True)
         return proj(tf.reshape(tf.transpose(y, order), (-1, heads * size)))
 
     return call
@@ -341,10 +349,9 @@ def tnt_stem(layers, batch_size, normalized):
 def folding(fold):
     """`WordsToPatch` of words (N, M * c) -> (N, D), a centred writer."""
     kernel, bias = dense_numbers(fold.proj)
-    count = len(kernel) // len(number(fold.norm1.gamma))  # legacy norms each word apart
-    gamma, beta = (np.tile(number(x), count) for x in (fold.norm1.gamma, fold.norm1.beta))
-    kernel, bias = gamma[:, None] * kernel, beta @ kernel + (0 if bias is None else bias)
-    legacy = fold.layout == "legacy"
+    legacy = fold.layout == "legacy"  # which norms each word apart
+    count = len(kernel) // fold.norm1.gamma.shape[0]
+    kernel, bias = after_norm(fold.norm1, kernel, bias)
     proj = dense(*centred(kernel, bias))
     if not legacy:
         scale, shift = constant(number(fold.norm2.gamma)), number(fold.norm2.beta)

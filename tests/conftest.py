@@ -18,3 +18,11 @@ def repeatable():
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_dtype_policy("float32")
+
+
+def pytest_collection_modifyitems(config, items):
+    """What looks only at the conversion process, TensorFlow on every backend, runs there once."""
+    if keras.backend.backend() != "tensorflow":
+        once = [item for item in items if item.get_closest_marker("conversion")]
+        config.hook.pytest_deselected(items=once)
+        items[:] = [item for item in items if item not in once]

@@ -44,6 +44,7 @@ def test_every_backend_writes_the_references_numbers(case, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
+@pytest.mark.conversion
 def test_every_format_quantisation_and_input(tmp_path):
     model = settle(models.TNT(**TNT))
     preprocessing = images.Preprocessing((8, 12), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -143,6 +144,7 @@ def litert(path, function, shape, flex=False):
     return gate.structure(path)
 
 
+@pytest.mark.conversion
 def test_the_gate_finds_planted_faults_of_structure(tmp_path):
     import tensorflow as tf
 
@@ -193,6 +195,7 @@ def signs(tmp_path):
     return folder
 
 
+@pytest.mark.conversion
 def test_a_run_is_exported_on_its_own_photos(signs, tmp_path, monkeypatch, capsys):
     """int8 of the main job's model: 99 % of answers, 0.3 points; then with two labels swapped."""
     target = tmp_path / "signs.tflite"
@@ -223,6 +226,7 @@ def test_labels_in_a_ring_are_found_and_a_bad_model_is_not_blamed():
     assert gate.swapped(np.eye(4)[0 * labels], labels, "abcd") is None  # all for one class
 
 
+@pytest.mark.conversion
 def test_max_drop_keeps_the_fewest_harmful_parts(tmp_path):
     """Random logits agree by luck, so that int8 loses some; all kept in float loses none."""
     model = settle(models.ViT(**VIT))
@@ -243,12 +247,12 @@ def test_max_drop_keeps_the_fewest_harmful_parts(tmp_path):
         export(model, tmp_path / "none.tflite", keep_float=["block07/mlp"], **options)
 
 
+@pytest.mark.conversion
 def test_bisection_finds_the_smallest_file(tmp_path, monkeypatch):
     """Parts whose quantisation loses points: those, and no others, are kept."""
     rows = [quantize.Sensitivity(part, 100, noise, 1.0) for part, noise in zip("abcdef", range(6))]
     monkeypatch.setattr(quantize, "quantize", lambda path, kind, keep, calibration: keep)
     for harmful in ("", "a", "abc", "abcdef"):
-
 
         def drop(kept, harmful=harmful):
             return len(set(harmful) - set(kept))
@@ -257,6 +261,7 @@ def test_bisection_finds_the_smallest_file(tmp_path, monkeypatch):
         assert "".join(kept) == harmful and content == kept
 
 
+@pytest.mark.conversion
 def test_an_interrupted_export_leaves_nothing(signs, tmp_path):
     """Ctrl-C after the file is written, and before it has passed."""
     folder = tmp_path / "out"
@@ -274,6 +279,7 @@ def test_an_interrupted_export_leaves_nothing(signs, tmp_path):
     assert not list(folder.iterdir())
 
 
+@pytest.mark.conversion
 def test_two_exports_at_once_do_not_collide(tmp_path):
     model = settle(models.ViT(**VIT))
     targets = {tmp_path / "model.tflite": None, tmp_path / "saved_model": None}
@@ -286,6 +292,7 @@ def test_two_exports_at_once_do_not_collide(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.conversion
 def test_folders_replace_each_other_whoever_comes_first(tmp_path):
     """Many processes' worth of replacing one folder: one whole folder stays."""
     target = tmp_path / "model"
@@ -303,6 +310,7 @@ def test_folders_replace_each_other_whoever_comes_first(tmp_path):
     assert sorted(os.listdir(target)) == ["a", "b"]
 
 
+@pytest.mark.conversion
 def test_photos_that_cannot_be_read_are_named(signs, tmp_path, monkeypatch, capsys):
     for label in range(10):
         write_photos(tmp_path / "photos" / str(label), [f"{i}.png" for i in range(5)])

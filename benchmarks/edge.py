@@ -1,0 +1,225 @@
+"""ViT-S/16 and TNT-S/16 at 224 x 224, batch 1, two threads: our files beside timm's model.
+
+    pip install timm onnxscript onnxruntime openvino "keras-vitnt[torch]"
+    KERAS_BACKEND=tensorflow python benchmarks/edge.py
+
+All have the same weights (timm's, random) and are checked on the same photo first: float32 within
+1e-3 of the largest logit, the others by the cosine of their logits. They take turns in this
+process; medians count. `--rewrites` undoes each rewrite of the lean graph alone instead.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import keras_vitnt as kv
+from keras_vitnt import edge
+from keras_vitnt.export import real_photos
+from keras_vitnt.gate import open_litert, structure
+
+THREADS = 2
+MODELS = {"ViT-S/16": "vit_small_patch16_224", "TNT-S/16": "tnt_s_patch16_224"}
+
+
+def litert(model, path):
+    """A lean float32 LiteRT file, converted here, so that a rewrite can be undone."""
+    import tensorflow as tf
+
+    spec = tf.TensorSpec((1, *model.input_shape[1:]), tf.float32, name="images")
+    run = tf.function(edge.lean(model), input_signature=[spec])
+    with tempfile.TemporaryDirectory() as folder:
+        signatures = {"serving_default": run.get_concrete_function()}
+        tf.saved_model.save(tf.Module(), folder, signatures)
+        path.write_bytes(tf.lite.TFLiteConverter.from_saved_model(folder).convert())
+    return path
+
+
+def peers(name, theirs, x, folder):
+    """timm's model in each runtime: {name: function of nothing}."""
+    import onnxruntime
+    import openvino
+    import torch
+
+    torch.set_num_threads(THREADS)
+    photo = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    file = folder / f"{name}.onnx"
+    torch.onnx.export(theirs, (photo,), str(file), dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    given = {session.get_inputs()[0].name: photo.numpy()}
+    core = openvino.Core()
+    config = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
+    by_default = core.compile_model(file, "CPU", config)
+    in_float = core.compile_model(file, "CPU", config | {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = torch.compile(theirs)
+
+    def eager(model):
+        def call():
+            with torch.inference_mode():
+                return model(photo).numpy()
+
+        return call
+
+    return {
+        "timm, torch eager": eager(theirs),
+        "timm, torch.compile": eager(compiled),
+        "timm, ONNX Runtime": lambda: session.run(None, given)[0],
+        "timm, OpenVINO f32": lambda: by(in_float, photo),
+        "timm, OpenVINO default": lambda: by(by_default, photo),
+    }
+
+
+def by(compiled, photo):
+    return compiled(photo.numpy())[compiled.output(0)]
+
+
+def ours(name, model, x, folder):
+    """Our files: {name: function of nothing}, {name: bytes}."""
+    files = {}
+    for graph in ("lean", "plain"):
+        for kind in (None, "int8"):
+            label = f"{graph}, {kind or 'float32'}"
+            files[label] = folder / f"{name} {label}.tflite".replace("/", "_")
+            kv.export(model, files[label], kind, graph=graph)
+    runs = {label: open_litert(file)[0] for label, file in files.items()}
+    return (
+        {label: (lambda run=run: run(x)) for label, run in runs.items()},
+        {label: file.stat().st_size for label, file in files.items()},
+    )
+
+
+def undone():
+    """{rewrite: replacements in `edge` that undo it}."""
+    import tensorflow as tf
+
+    normed, central = edge.normed, edge.central
+    apart = []
+
+    def with_mean(x, norm):
+        x = central(x)
+        return normed(x, norm)
+
+    def by_squared_difference(x, norm):
+        mean = tf.reduce_mean(x, -1, keepdims=True)
+        variance = tf.reduce_mean(tf.math.squared_difference(x, mean), -1, keepdims=True)
+        return (x - mean) * tf.math.rsqrt(variance + norm.epsilon)
+
+    def not_folded(norm, kernel, bias):
+        count = len(kernel) // norm.gamma.shape[0]
+        numbers = [np.tile(edge.number(v), count) for v in (norm.gamma, norm.beta)]
+        apart.append((norm, [edge.constant(v) for v in numbers]))
+        return kernel, np.zeros(kernel.shape[1]) if bias is None else bias
+
+    def with_scale(x, norm):
+        y = normed(x, norm)
+        for other, (gamma, beta) in apart:
+            if other is norm:
+                return y * gamma + beta
+        return y
+
+    def scale_apart(q, k):
+        products = tf.linalg.matmul(q, k, transpose_b=True)
+        return tf.nn.softmax(products * float(q.shape[-1] ** -0.5))
+
+    as_is = {"centred": lambda kernel, bias=None: (kernel, bias), "central": lambda x: x}
+    return {
+        "none: the lean graph": {},
+        "streams centred by their writers": as_is | {"normed": with_mean},
+        "the same, and mean(square) for squared difference": as_is
+        | {"normed": by_squared_difference},
+        "norms' scale and shift folded": {"after_norm": not_folded, "normed": with_scale},
+        "attention scale in the query": {
+            "scaled": lambda query, size: query,
+            "scores": scale_apart,
+        },
+        "last block: only the rows that the head reads": {"rows_read": lambda layers: None},
+    }
+
+
+def rewrites(name, model, x, folder):
+    """The lean graph and that with each rewrite undone: {name: function of nothing}."""
+    runs = {}
+    for label, patches in undone().items():
+        kept = {key: getattr(edge, key) for key in patches}
+        try:
+            for key, value in patches.items():
+                setattr(edge, key, value)
+            file = litert(model, folder / f"{len(runs)}.tflite")  # open files are mapped, not read
+        finally:
+            for key, value in kept.items():
+                setattr(edge, key, value)
+        assert structure(file)["faults"] == [], label
+        run = open_litert(file)[0]
+        runs[label] = lambda run=run: run(x)
+    return runs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--rewrites", action="store_true", help="undo each rewrite alone instead")
+    parser.add_argument("--output", type=Path, help="append a JSON line for each model here")
+    arguments = parser.parse_args()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    for title, name in MODELS.items():
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            torch.manual_seed(0)
+            theirs = timm.create_model(name, pretrained=False).eval()
+            save_file(theirs.state_dict(), folder / "timm.safetensors")
+            model = kv.create_model(name)
+            kv.load_weights(model, folder / "timm.safetensors")
+            x = kv.images.normalize(
+                real_photos(model.input_shape[1:], 1), kv.images.Preprocessing((224, 224))
+            )
+            if arguments.rewrites:
+                runs, sizes = rewrites(name, model, x, folder), {}
+            else:
+                runs, sizes = ours(title, model, x, folder)
+                runs |= peers(name, theirs, x, folder)
+            with torch.inference_mode():
+                expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+            check(runs, expected)
+            times = {label: [] for label in runs}
+            for _ in range(arguments.rounds):
+                for label, run in runs.items():
+                    start = time.perf_counter()
+                    run()
+                    times[label].append(1e3 * (time.perf_counter() - start))
+        medians = {label: float(np.median(found)) for label, found in times.items()}
+        first = next(iter(medians))
+        print(f"\n| {title} | median | of `{first}` | size |\n| --- | ---: | ---: | ---: |")
+        for label, median in medians.items():
+            size = f"{sizes[label] / 1e6:.1f} MB" if label in sizes else ""
+            print(f"| {label} | {median:.1f} ms | {median / medians[first]:.2f} x | {size} |")
+        line = {"model": title, "rounds": arguments.rounds, "milliseconds": medians, "bytes": sizes}
+        print(json.dumps(line))
+        if arguments.output:
+            with open(arguments.output, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def check(runs, expected):
+    """Every float32 run gives timm's logits; the others nearly."""
+    for label, run in runs.items():
+        found = run()
+        if "int8" in label or "default" in label:
+            cosine = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
+            assert cosine > 0.99, f"{label}: cosine {cosine:.4f}"
+        else:
+            difference = np.abs(found - expected).max()
+            assert difference <= 1e-3 * max(1, np.abs(expected).max()), f"{label}: {difference:.1e}"
+
+
+if __name__ == "__main__":
+    main()
