@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import keras_vitnt as kv
-from keras_vitnt.export import open_model
+from keras_vitnt.gate import open_model
 
 ROUNDS = 200
 
@@ -31,7 +31,7 @@ preprocessing = kv.images.Preprocessing(shape[:2])
 photos = np.stack([kv.images.load(source, preprocessing) for source in validation.sources[::8]])
 
 expected = models["model.keras"][0](photos)
-for name, (run, _) in models.items():
+for name, (run, *_) in models.items():
     logits = run(photos)
     if "int8" in name:
         assert (logits.argmax(-1) == expected.argmax(-1)).mean() > 0.9, name
@@ -41,7 +41,7 @@ for name, (run, _) in models.items():
 times = {name: [] for name in models}
 for i in range(ROUNDS):
     photo = photos[i % len(photos)][None]
-    for name, (run, _) in models.items():
+    for name, (run, *_) in models.items():
         start = time.perf_counter()
         run(photo)
         times[name].append(time.perf_counter() - start)

@@ -17,7 +17,6 @@ import numpy as np
 
 import keras_vitnt as kv
 from keras_vitnt import datasets, training
-from keras_vitnt.export import compare
 
 source, size, epochs = sys.argv[1], (64, 64), 5
 train, validation, classes = kv.load_dataset("embedded")
@@ -34,7 +33,7 @@ held_out = datasets.Batches(validation, preprocessing, batch_size=128)
 
 training.compile_model(model, epochs * len(batches), lr=1e-4)
 model.fit(batches, validation_data=held_out, epochs=epochs)
-kv.export(model, "fine_tuned.tflite")
 
-photos = np.concatenate([held_out[i][0] for i in range(len(held_out))])
-print(compare(model.predict(photos, verbose=0), "fine_tuned.tflite", photos))
+photos = np.stack([held_out.pixels(i) for i in range(len(validation.labels))])
+labelled = dict(photos=photos, labels=validation.labels, names=classes)
+print(kv.export(model, "fine_tuned.tflite", preprocessing=preprocessing, **labelled).comparison)

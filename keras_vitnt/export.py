@@ -128,10 +128,16 @@ def export(
         if photos is None and source.data:
             source = source._replace(preprocessing=preprocessing)
             wanted = CALIBRATION if quantize == "int8-static" and calibration is None else 0
-            photos, labels, samples, faults = sources.photos_of(source, PHOTOS, wanted)
-            calibration = samples if calibration is None else calibration
-            if faults:
-                print(f"Left out {len(faults)} photos that cannot be read: {', '.join(faults)}")
+            try:
+                photos, labels, samples, faults = sources.photos_of(source, PHOTOS, wanted)
+            except (FileNotFoundError, ModuleNotFoundError) as error:  # the data moved away
+                if wanted:
+                    raise
+                print(f"{error} The file is compared on embedded photos instead.")
+            else:
+                calibration = samples if calibration is None else calibration
+                if faults:
+                    print(f"Left out {len(faults)} photos that cannot be read: {', '.join(faults)}")
     if image_size:
         model = resized(model, image_size)
     return export_all(
@@ -162,7 +168,9 @@ def export_all(model, targets, graph="lean", *, preprocessing=None, photos=None,
 
     targets = {Path(path): kind for path, kind in targets.items()}
     check_arguments(model, targets, graph, photos, job)
-    preprocessing = preprocessing or images.Preprocessing(tuple(model.input_shape[1:3]))
+    *size, channels = model.input_shape[1:]
+    half = (0.5,) * channels
+    preprocessing = preprocessing or images.Preprocessing(tuple(size), half, half)
     if photos is None:
         photos = real_photos(model.input_shape[1:])
     arrays = {"photos": photos, "labels": job.pop("labels", None)}

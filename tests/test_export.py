@@ -319,3 +319,9 @@ def test_photos_that_cannot_be_read_are_named(signs, tmp_path, monkeypatch, caps
     run(monkeypatch, "export", signs, tmp_path / "model.tflite", "--photos", data)
     told = capsys.readouterr().out
     assert "Left out 1 photos" in told and "bad.png" in told
+
+    record = json.loads((signs / "metrics.json").read_text())
+    (signs / "metrics.json").write_text(json.dumps(dict(record, data="folder:moved")))
+    run(monkeypatch, "export", signs, tmp_path / "other.tflite")
+    told = capsys.readouterr().out
+    assert "no folder at moved" in told and "embedded photos instead" in told
