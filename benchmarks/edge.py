@@ -5,12 +5,15 @@
 
 All have the same weights (timm's, random) and are checked on the same photo first: float32 within
 1e-3 of the largest logit, the others by the cosine of their logits. They take turns in this
-process; medians count. `--rewrites` undoes each rewrite of the lean graph alone instead.
+process, in another order each round, and each timed call follows an untimed one: some runtimes'
+threads go on spinning for a while after a call and would slow down the next. Medians count.
+`--rewrites` undoes each rewrite of the lean graph alone instead.
 """
 
 import argparse
 import json
 import os
+import random
 import tempfile
 import time
 from pathlib import Path
@@ -66,12 +69,13 @@ def peers(name, theirs, x, folder):
 
         return call
 
+    precision = by_default.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     return {
         "timm, torch eager": eager(theirs),
         "timm, torch.compile": eager(compiled),
         "timm, ONNX Runtime": lambda: session.run(None, given)[0],
         "timm, OpenVINO f32": lambda: by(in_float, photo),
-        "timm, OpenVINO default": lambda: by(by_default, photo),
+        f"timm, OpenVINO default ({precision})": lambda: by(by_default, photo),
     }
 
 
@@ -191,8 +195,10 @@ def main():
                 expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
             check(runs, expected)
             times = {label: [] for label in runs}
+            shuffle = random.Random(0)
             for _ in range(arguments.rounds):
-                for label, run in runs.items():
+                for label, run in shuffle.sample(list(runs.items()), len(runs)):
+                    run()
                     start = time.perf_counter()
                     run()
                     times[label].append(1e3 * (time.perf_counter() - start))

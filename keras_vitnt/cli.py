@@ -202,7 +202,10 @@ def parser():
         help="keep parts in float until no more accuracy is lost",
     )
     new.add_argument(
-        "--keep-float", action="append", default=[], metavar="PART", help="such as block00/mlp"
+        "--keep-float",
+        nargs="*",
+        metavar="PART",
+        help="such as block00/mlp; no PART quantises all (default: TNT's inner layers, if few)",
     )
     new.add_argument(
         "--sensitivity", action="store_true", help="what quantising each part alone does"

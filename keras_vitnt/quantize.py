@@ -11,8 +11,9 @@ import numpy as np
 from .edge import PARTS
 
 KINDS = ("fp16", "int8", "int8-static")
-# TNT's inner layers are a hundredth of the weights, and too narrow for int8 kernels to pay.
-FLOAT_BY_DEFAULT = r"block\d+/inner"
+# TNT's inner layers are too narrow for int8 kernels to pay: they stay float where they are few.
+INNER = r"block\d+/inner"
+FEW = 0.01  # of the weights; in a published TNT 0.0035, in "Nano" 0.05
 
 
 class Sensitivity(NamedTuple):
@@ -32,24 +33,29 @@ class Sensitivity(NamedTuple):
 
 
 def parts(path):
-    """The names of the parts in a float LiteRT file that have weights to quantise, in order."""
+    """The parts of a float LiteRT file that have weights to quantise: {name: weights}, in order."""
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     interpreter = Interpreter(str(path), experimental_op_resolver_type=plain)
-    names = {t["index"]: t["name"] for t in interpreter.get_tensor_details()}
-    found = []
+    tensors = {t["index"]: t for t in interpreter.get_tensor_details()}
+    found = {}
     for operator in interpreter._get_ops_details():
         if operator["op_name"] in ("FULLY_CONNECTED", "CONV_2D"):
-            name = names[int(operator["outputs"][0])]
-            part = re.search(PARTS, name)
+            part = re.search(PARTS, tensors[int(operator["outputs"][0])]["name"])
             # What gives the output is named after it, not after its part.
-            found.append(part.group() if part else "head")
-    return list(dict.fromkeys(found))
+            name = part.group() if part else "head"
+            weights = int(np.prod(tensors[int(operator["inputs"][1])]["shape"]))
+            found[name] = found.get(name, 0) + weights
+    return found
 
 
-def quantisable(path):
-    return [name for name in parts(path) if not re.match(FLOAT_BY_DEFAULT, name)]
+def float_by_default(path):
+    """The parts that int8 leaves out unless asked: TNT's inner ones, if they weigh little."""
+    found = parts(path)
+    inner = [name for name in found if re.match(INNER, name)]
+    few = sum(found[name] for name in inner) <= FEW * sum(found.values())
+    return inner if few else []
 
 
 def pattern(part):
@@ -72,7 +78,7 @@ def quantize(path, kind, keep=(), only=None, calibration=None):
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
     from ai_edge_quantizer.qtyping import TFLOperationName
 
-    if set(quantisable(path)) <= set(keep):
+    if set(parts(path)) <= set(keep):
         return path.read_bytes()
     tool = quantizer.Quantizer(str(path))
     where = ".*" if only is None else pattern(only)
@@ -85,19 +91,70 @@ def quantize(path, kind, keep=(), only=None, calibration=None):
             tool.add_dynamic_config(where, operation, num_bits=8)
         else:
             tool.add_static_config(where, operation, activation_num_bits=8, weight_num_bits=8)
-        floats = [pattern(part) for part in keep]
-        if only is None and kind != "fp16":
-            floats.append(FLOAT_BY_DEFAULT)
-        for part in floats:
+        for part in keep:
             tool.update_quantization_recipe(
-                part, operation, algorithm_key=AlgorithmName.NO_QUANTIZE
+                pattern(part), operation, algorithm_key=AlgorithmName.NO_QUANTIZE
             )
     ranges = None
     if kind == "int8-static":
         samples = [{"images": images} for images in calibration]
         ranges = tool.calibrate({"serving_default": samples})
     found = tool.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
-    return bytes(found.quantized_model)
+    return shared(bytes(found.quantized_model))
+
+
+def shared(content):
+    """The same LiteRT file with equal vectors and options written once: bytes.
+
+    Zero points, shapes and options repeat at every operator; in a small network they are a tenth
+    of the file.
+    """
+    import flatbuffers
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    if len(content) > 1 << 30:  # a flatbuffer ends at 2 GiB, and here nothing would show
+        return content
+
+    class Builder(flatbuffers.Builder):
+        def CreateNumpyVector(self, x):
+            key = x.dtype.str, x.tobytes()
+            if key not in known:
+                if x.dtype == np.uint8:  # kernels read weights in place, in steps of 16 bytes
+                    self.Prep(16, x.nbytes)
+                known[key] = super().CreateNumpyVector(x)
+            return known[key]
+
+    class Once(NamedTuple):
+        options: object
+
+        def Pack(self, builder):
+            key = type(self.options), repr(sorted(vars(self.options).items()))
+            if key not in known:
+                known[key] = self.options.Pack(builder)
+            return known[key]
+
+    known = {}
+    model = flatbuffer_utils.read_model_from_bytearray(content)
+    for buffer in model.buffers:
+        if buffer.data is not None:
+            buffer.data = np.frombuffer(bytes(buffer.data), "uint8")
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            tensor.shape = np.array(tensor.shape, "int32")
+            numbers = tensor.quantization
+            if numbers is not None and numbers.scale is not None:
+                numbers.scale = np.array(numbers.scale, "float32")
+                numbers.zeroPoint = np.array(numbers.zeroPoint, "int64")
+            else:
+                tensor.quantization = None
+        for operator in graph.operators:
+            operator.inputs = np.array(operator.inputs, "int32")
+            operator.outputs = np.array(operator.outputs, "int32")
+            if operator.builtinOptions is not None:
+                operator.builtinOptions = Once(operator.builtinOptions)
+    builder = Builder(len(content))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
 
 
 def sensitivity(path, kind, evaluate, calibration=None, progress=lambda text: None):
@@ -111,7 +168,7 @@ def sensitivity(path, kind, evaluate, calibration=None, progress=lambda text: No
     whole = path.read_bytes()
     expected = evaluate(whole)
     rows = []
-    names = quantisable(path)
+    names = parts(path)
     for i, part in enumerate(names):
         progress(f"Quantising {part} alone, {i + 1} of {len(names)}")
         new = quantize(path, kind, only=part, calibration=calibration)

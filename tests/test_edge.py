@@ -1,11 +1,12 @@
-"""The lean graph computes what its model does."""
+"""The lean graph computes what its model does, and so do the files made of it."""
 
 import numpy as np
 import pytest
 from helpers import forward, numpy
 from test_models import OPTIONS, TNT, VIT, settle
 
-from keras_vitnt import edge, images, models
+from keras_vitnt import conversion, edge, images, models
+from keras_vitnt.export import real_photos
 
 CASES = dict(
     OPTIONS,
@@ -30,3 +31,40 @@ def test_the_lean_graph_computes_the_same(case):
     np.testing.assert_allclose(edge.lean(model, 3)(tf.constant(x)), expected, **close)
     from_pixels = edge.lean(model, 3, (mean, std))
     np.testing.assert_allclose(from_pixels(tf.constant(pixels)), expected, **close)
+
+
+def product():
+    """Every family, layout, pooling and position option with each other: (builder, options)."""
+    for positions in ("learned", "sincos2d", "factorized2d", "none"):
+        yield models.DeiT, dict(VIT, distilled=True, positions=positions)
+        for pooling in ("token", "avg", "map"):
+            both = dict(pooling=pooling, positions=positions)
+            yield models.ViT, dict(VIT, **both)
+            for layout in ("official", "legacy"):
+                yield models.TNT, dict(TNT, layout=layout, **both)
+
+
+@pytest.mark.conversion
+@pytest.mark.parametrize(
+    "builder, options",
+    [
+        *(pytest.param(*case, id=name) for name, case in CASES.items()),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in product()),
+    ],
+)
+def test_every_option_passes_the_gate(builder, options, tmp_path):
+    """The conversion process' work, done here: float32, fp16 and int8 files of pixels."""
+    model = settle(builder(**options))
+    kinds = {None: 1e-5, "fp16": 5e-3, "int8": 0.1}
+    job = {
+        "graph": "lean",
+        "input": "uint8",
+        "preprocessing": [[8, 12], [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]],
+        "files": [{"path": str(tmp_path / f"{k}.tflite"), "quantize": k} for k in kinds],
+    }
+    arrays = {"photos": real_photos((8, 12, 3))}
+    for report in conversion.write_all(model, job, arrays, tmp_path / "whole.tflite"):
+        found = report["comparison"]
+        assert report["structure"]["partitions"] == 1
+        limit = kinds[report["quantize"]] * max(1, found["largest_logit"])
+        assert found["max_difference"] <= limit, report["quantize"]

@@ -44,6 +44,34 @@ def test_every_backend_writes_the_references_numbers(case, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
+ELSEWHERE = """
+import sys
+from pathlib import Path
+import keras, keras_vitnt
+from keras_vitnt.export import export_all
+folder = Path(sys.argv[1])
+model = keras.models.load_model(folder / "model.keras", compile=False)
+kinds = {"model.tflite": None, "int8.tflite": "int8", "saved_model": None}
+export_all(model, {folder / sys.argv[2] / name: kind for name, kind in kinds.items()})
+"""
+
+
+@pytest.mark.parametrize("builder, options", [(models.ViT, VIT), (models.TNT, TNT)])
+def test_files_from_two_backends_are_equal(builder, options, tmp_path):
+    """From this backend and from the next one, each in a process of its own."""
+    settle(builder(**options)).save(tmp_path / "model.keras")
+    ring = ["tensorflow", "jax", "torch", "tensorflow"]
+    here = keras.backend.backend()
+    photos, plain = real_photos((8, 12, 3)), images.Preprocessing((8, 12))
+    for backend in (here, ring[ring.index(here) + 1]):
+        environment = dict(os.environ, KERAS_BACKEND=backend)
+        command = [sys.executable, "-c", ELSEWHERE, tmp_path, backend]
+        subprocess.run(command, env=environment, check=True)
+    for name in ("model.tflite", "int8.tflite", "saved_model"):
+        one, other = (numbers(p / name, photos, plain) for p in tmp_path.iterdir() if p.is_dir())
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(1, np.abs(one).max()))
+
+
 @pytest.mark.conversion
 def test_every_format_quantisation_and_input(tmp_path):
     model = settle(models.TNT(**TNT))

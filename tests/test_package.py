@@ -26,8 +26,9 @@ ALLOWED = {
     "gate": {"tnt", "vit"},
     "quantize": {"edge"},
     "sources": {"checkpoints", "datasets", "gate", "images", "pretrained", "tnt", "vit"},
+    "conversion": {"edge", "gate", "images", "quantize", "tnt", "vit"},
     "export": {
-        *("datasets", "edge", "gate", "images", "quantize", "sources", "tnt", "vit", "weights")
+        *("conversion", "datasets", "edge", "gate", "images", "quantize", "sources", "weights")
     },
     "runs": {"explain", "export", "images", "report", "sources"},
     "explain": {"tnt", "vit"},

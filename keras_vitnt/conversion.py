@@ -1,0 +1,286 @@
+"""The conversion process: one model into the files of a job, each run and compared.
+
+`export` starts it under TensorFlow and passes a folder with `model.keras`, `job.json` and
+`arrays.npz`; the process adds `reports.json`, or `refused` with the reason.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from . import edge, gate, images, quantize
+from .gate import format_of
+
+
+class Report(NamedTuple):
+    """What was written, and how it compares with the model.
+
+    Attributes:
+        path: of the file or folder.
+        format: "litert", "onnx", "saved_model" or "keras".
+        graph, quantize, input, batch_size: as asked.
+        bytes: its size.
+        structure: of a LiteRT file, see `gate.structure`; else an empty dict.
+        comparison: a `gate.Comparison`; None for a `.keras` file.
+        milliseconds: median of one call of the file; `float_milliseconds`: of the float32 file
+            beside it, in turns in the same process. None for a `.keras` file.
+        kept: parts that stayed float though the others were quantised.
+        sensitivity: list of `quantize.Sensitivity`, if it was asked for.
+    """
+
+    path: Path
+    format: str
+    graph: str
+    quantize: str | None
+    input: str
+    batch_size: int | None
+    bytes: int
+    structure: dict
+    comparison: gate.Comparison | None
+    milliseconds: float | None
+    float_milliseconds: float | None
+    kept: list
+    sensitivity: list
+
+
+def signature(model, job):
+    """(function of the file's input, its `tf.TensorSpec`) of the whole model."""
+    import tensorflow as tf
+
+    pixels = job.get("input", "float") == "uint8"
+    mean, std = job["preprocessing"][1:3]
+    size = job.get("batch_size", 1)
+    spec = tf.TensorSpec(
+        (size, *model.input_shape[1:]), tf.uint8 if pixels else tf.float32, name="images"
+    )
+    if job["graph"] == "lean":
+        return edge.lean(model, size, (mean, std) if pixels else None), spec
+
+    def plain(x):
+        if pixels:
+            scale = 1 / (255 * np.asarray(std, "float32"))
+            x = (tf.cast(x, tf.float32) - 255 * np.asarray(mean, "float32")) * scale
+        return model(x, training=False)
+
+    return plain, spec
+
+
+def write_litert(model, path, job):
+    import tensorflow as tf
+
+    function, spec = signature(model, job)
+    with tempfile.TemporaryDirectory() as folder:
+        archive(model, function, spec, folder)
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+        path.write_bytes(converter.convert())
+
+
+def archive(model, function, spec, folder):
+    """Write a SavedModel whose one function is `serve`, in which variables keep their values."""
+    new = keras.export.ExportArchive()
+    new.track(model)
+    new.add_endpoint("serve", function, input_signature=[spec])
+    new.write_out(str(folder), verbose=False)
+
+
+def write_onnx(model, path, job):
+    try:
+        import onnxruntime  # noqa: F401  to find out before the work
+        import tf2onnx
+    except ModuleNotFoundError as error:
+        raise Refused(f"{path.name} needs {error.name}: pip install 'keras-vitnt[onnx]'.") from None
+    import tensorflow as tf
+
+    def complement(context, node, name, arguments):
+        """ONNX has the error function, but not its complement, which Keras' GELU uses."""
+        consumers = context.find_output_consumers(node.output[0])
+        node.type = "Erf"
+        one = context.make_const(f"{name}_one", np.array(1, "float32"))
+        found = context.make_node("Sub", [one.output[0], node.output[0]])
+        context.replace_all_inputs(node.output[0], found.output[0], ops=consumers)
+
+    function, spec = signature(model, job)
+    tf2onnx.convert.from_function(
+        tf.function(function, input_signature=[spec]),
+        input_signature=[spec],
+        opset=18,
+        custom_op_handlers={"Erfc": (complement, [])},
+        output_path=str(path),
+    )
+
+
+def write_saved_model(model, path, job):
+    import tensorflow as tf
+
+    function, spec = signature(model, dict(job, graph="plain"))
+    whole = tf.TensorSpec((None, *spec.shape[1:]), spec.dtype, name="images")
+    archive(model, function, whole, path)
+
+
+class Refused(Exception):
+    """A file broke a rule; the message names the file and the rules."""
+
+
+class Worker:
+    """The conversion of one model into the files of a job."""
+
+    def __init__(self, model, job, arrays):
+        self.model = model
+        self.job = job
+        self.pixels = arrays["photos"]
+        self.labels = arrays.get("labels")
+        self.preprocessing = images.Preprocessing(*job["preprocessing"])
+        self.calibration = arrays.get("calibration")
+        say(f"Running Keras on {len(self.pixels)} photos")
+        x = images.normalize(self.pixels, self.preprocessing)
+        self.expected = model.predict(x, batch_size=16, verbose=0)
+        names = job.get("names") or [str(i) for i in range(self.expected.shape[-1])]
+        if self.labels is not None and job.get("check_labels"):
+            mixed = gate.swapped(self.expected, self.labels, names)
+            if mixed:
+                raise Refused(f"The model is refused: {mixed}")
+
+    def given(self, pixels):
+        """Photos as the file takes them."""
+        if self.job.get("input", "float") == "uint8":
+            return pixels
+        return images.normalize(pixels, self.preprocessing)
+
+    def compare(self, path):
+        run = gate.open_model(path)[0]
+        return gate.compare(run(self.given(self.pixels)), self.expected, self.labels)
+
+    def refuse(self, path, broken):
+        if broken:
+            raise Refused(f"{path.name} is refused: {'; '.join(broken)}.")
+
+    def quantized(self, whole, path, kind):
+        """Write a quantised file; (parts kept in float, sensitivity)."""
+        calibration = None
+        if kind == "int8-static":
+            size = self.job.get("batch_size", 1)
+            found = self.given(self.calibration)
+            calibration = [
+                np.resize(found[i : i + size], (size, *found.shape[1:]))
+                for i in range(0, len(found), size)
+            ]
+        keep = self.job.get("keep_float")
+        if keep is None:
+            keep = [] if kind == "fp16" else quantize.float_by_default(whole)
+        unknown = set(keep) - set(quantize.parts(whole))
+        if unknown:
+            raise Refused(
+                f"There is no part {sorted(unknown)[0]!r} to keep in float; there are: "
+                f"{', '.join(quantize.parts(whole))}."
+            )
+        limit, rows = self.job.get("max_drop"), []
+
+        def logits(content):
+            path.write_bytes(content)
+            return gate.open_model(path)[0](self.given(self.pixels))
+
+        def drop(content):
+            return gate.compare(logits(content), self.expected, self.labels).drop
+
+        if self.job.get("sensitivity") or limit is not None:
+            rows = quantize.sensitivity(whole, kind, logits, calibration, say)
+        say(f"Quantising to {kind}")
+        content = quantize.quantize(whole, kind, keep, calibration=calibration)
+        if limit is not None and not drop(content) <= limit:
+            try:
+                content, keep = quantize.within(
+                    whole, kind, rows, drop, limit, keep, calibration, say
+                )
+            except RuntimeError as error:
+                raise Refused(f"{path.name} is refused: {error}") from None
+        path.write_bytes(content)
+        return keep, rows
+
+    def write(self, path, kind, whole):
+        """Write one file and let it pass the gate: a `Report` as a dict."""
+        form, graph = format_of(path), self.job["graph"]
+        kept, rows, found, compared, times = [], [], {}, None, {}
+        say(f"Writing {path.name}")
+        if form == "keras":
+            self.model.save(path)
+        elif form == "saved_model":
+            write_saved_model(self.model, path, self.job)
+        elif form == "onnx":
+            write_onnx(self.model, path, self.job)
+        elif kind:
+            kept, rows = self.quantized(whole, path, kind)
+        else:
+            shutil.copy(whole, path)
+        if form == "litert":
+            found = gate.structure(path)
+            broken = found.pop("faults")
+            if not broken and graph == "lean" and kind != "int8-static":
+                if found["partitions"] != 1:
+                    broken = [f"{found['partitions']} XNNPACK partitions, not 1"]
+            self.refuse(path, broken)
+        if form != "keras":
+            say(f"Running {path.name} on {len(self.pixels)} photos")
+            compared = self.compare(path)
+            self.refuse(path, gate.faults(compared, kind, self.job.get("min_agreement")))
+            runs = {"file": gate.open_model(path)[0]}
+            if kind:
+                runs["float"] = gate.open_model(whole)[0]
+            x = self.given(self.pixels[: self.job.get("batch_size", 1)])
+            times = gate.latencies({name: lambda run=run: run(x) for name, run in runs.items()})
+        return Report(
+            path=str(path),
+            format=form,
+            graph=graph if form in ("litert", "onnx") else "plain",
+            quantize=kind,
+            input=self.job.get("input", "float"),
+            batch_size=None if form in ("saved_model", "keras") else self.job.get("batch_size", 1),
+            bytes=size_of(path),
+            structure=found,
+            comparison=compared and compared._asdict(),
+            milliseconds=times.get("file"),
+            float_milliseconds=times.get("float"),
+            kept=kept,
+            sensitivity=[row._asdict() for row in rows],
+        )._asdict()
+
+
+def size_of(path):
+    """Bytes of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def say(text):
+    print(f"* {text}", flush=True)
+
+
+def write_all(model, job, arrays, whole):
+    """The job's files: a list of `Report`s as dicts. `whole`: path for the float LiteRT file."""
+    worker = Worker(model, job, arrays)
+    files = [(Path(file["path"]), file["quantize"]) for file in job["files"]]
+    if any(format_of(path) == "litert" for path, _ in files):
+        say("Converting to LiteRT")
+        write_litert(model, whole, job)
+    return [worker.write(path, kind, whole) for path, kind in files]
+
+
+def main(work):
+    """The whole process, on its folder."""
+    from . import tnt, vit  # noqa: F401  registers the layers that the file names
+
+    work = Path(work)
+    model = keras.models.load_model(work / "model.keras", compile=False)
+    job = json.loads((work / "job.json").read_text())
+    with np.load(work / "arrays.npz") as found:
+        arrays = dict(found)
+    try:
+        reports = write_all(model, job, arrays, work / "whole.tflite")
+    except Refused as error:
+        (work / "refused").write_text(str(error))
+        raise SystemExit(1) from None
+    (work / "reports.json").write_text(json.dumps(reports))
