@@ -107,6 +107,11 @@ def after_norm(norm, kernel, bias):
     return gamma[:, None] * kernel, shift if bias is None else bias + shift
 
 
+def blind_to_mean(kernel, bias):
+    """A dense layer's numbers for which the mean of its input does not matter."""
+    return kernel - kernel.mean(axis=0), bias
+
+
 def dense(kernel, bias=None):
     """FULLY_CONNECTED of fixed numbers: (T, in) -> (T, out)."""
     kernel, bias = constant(kernel), None if bias is None else constant(bias)
@@ -132,6 +137,15 @@ def normed(x, norm):
     import tensorflow as tf
 
     return x * tf.math.rsqrt(tf.reduce_mean(tf.square(x), -1, keepdims=True) + norm.epsilon)
+
+
+def normed_words(x, norm):
+    """As `normed`, of rows whose mean the reader takes off: it is `blind_to_mean`."""
+    import tensorflow as tf
+
+    mean = tf.reduce_mean(x, -1, keepdims=True)
+    variance = tf.reduce_mean(tf.math.squared_difference(x, mean), -1, keepdims=True)
+    return x * tf.math.rsqrt(variance + norm.epsilon)
 
 
 def scaled(query, size):
@@ -230,17 +244,23 @@ def attention(layer, norm, scale, groups, words):
     """
     heads = layer.num_heads
     kernel, bias = after_norm(norm, *dense_numbers(layer.qkv))
-    size = kernel.shape[1] // 3 // heads
+    if words:
+        kernel, bias = blind_to_mean(kernel, bias)
+    width = kernel.shape[1] // 3
+    size = width // heads
     kernels, biases = np.split(kernel, 3, axis=1), np.split(bias, 3)
     query = dense(*scaled((kernels[0], biases[0]), size))
     # A key's bias adds the same to all scores of a query, which softmax cancels.
-    key = dense(kernels[1])
+    key, key_turned = dense(kernels[1]), dense(kernels[1].T)
     value = dense(kernels[2])
     # A value's bias passes the attention unchanged, because its scores sum to one.
     kernel, bias = dense_numbers(layer.proj)
     proj = writer(kernel, bias + biases[2] @ kernel, scale, words)
+    own = constant(np.repeat(np.eye(heads), size, axis=1))  # (h, width): each head's columns
     group = () if groups == 1 else (groups,)
-    order, turned = ((1, 0, 2), (1, 2, 0)) if groups == 1 else ((0, 2, 1, 3), (0, 2, 3, 1))
+    order, turned, back = (1, 0, 2), (1, 2, 0), (2, 0, 1)
+    if group:
+        order, turned, back = (0, 2, 1, 3), (0, 2, 3, 1), (0, 3, 1, 2)
 
     def call(x, rows=None):
         import tensorflow as tf
@@ -248,12 +268,27 @@ def attention(layer, norm, scale, groups, words):
         def split(y, order):
             return tf.transpose(tf.reshape(y, (*group, -1, heads, size)), order)
 
-        x = normed(central(x) if words else x, norm)
-        q = split(query(leading(x, rows, groups)), order)
-        k = split(key(x), order)
+        x = normed_words(x, norm) if words else normed(x, norm)
+        if rows:
+            return few(x, rows)
+        s = scores(split(query(x), order), split(key(x), order))
         v = split(value(x), turned)  # XNNPACK packs a transposed right side fast
-        y = tf.linalg.matmul(scores(q, k), v, transpose_b=True)
-        return proj(tf.reshape(tf.transpose(y, order), (-1, heads * size)))
+        if words:  # d is narrower than a kernel's columns, but not than its rows
+            y = tf.transpose(tf.linalg.matmul(v, s, transpose_b=True), back)
+        else:
+            y = tf.transpose(tf.linalg.matmul(s, v, transpose_b=True), order)
+        return proj(tf.reshape(y, (-1, width)))
+
+    def few(x, rows):
+        """For few queries it is less work to take the weights of keys and values to them."""
+        import tensorflow as tf
+
+        q = tf.reshape(query(leading(x, rows, groups)), (-1, 1, width)) * own
+        q = key_turned(tf.reshape(q, (-1, width)))
+        tokens = tf.reshape(x, (groups, -1, x.shape[-1]))
+        s = scores(tf.reshape(q, (groups, rows * heads, -1)), tokens)
+        y = value(tf.reshape(tf.linalg.matmul(s, tokens), (-1, x.shape[-1])))
+        return proj(tf.reduce_sum(tf.reshape(y, (-1, heads, width)) * own, 1))
 
     return call
 
@@ -267,12 +302,13 @@ def writer(kernel, bias, scale, words):
 
 def mlp(layer, norm, scale, words):
     """The MLP of rows (rows, D) -> (rows, D); see `attention`."""
-    first = dense(*after_norm(norm, *dense_numbers(layer.fc1)))
+    kernel, bias = after_norm(norm, *dense_numbers(layer.fc1))
+    first = dense(*(blind_to_mean(kernel, bias) if words else (kernel, bias)))
     second = writer(*dense_numbers(layer.fc2), scale, words)
     activate = gelu(layer)
 
     def call(x):
-        return second(activate(first(normed(central(x) if words else x, norm))))
+        return second(activate(first(normed_words(x, norm) if words else normed(x, norm))))
 
     return call
 
