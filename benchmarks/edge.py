@@ -137,12 +137,22 @@ def undone():
         "streams centred by their writers": as_is | {"normed": with_mean},
         "the same, and mean(square) for squared difference": as_is
         | {"normed": by_squared_difference},
-        "norms' scale and shift folded": {"after_norm": not_folded, "normed": with_scale},
+        "norms' scale and shift folded": {
+            "after_norm": not_folded,
+            "blind_to_mean": lambda kernel, bias: (kernel, bias),
+            "normed": with_scale,
+            "normed_words": lambda x, norm: with_scale(central(x), norm),
+        },
         "attention scale in the query": {
             "scaled": lambda query, size: query,
             "scores": scale_apart,
         },
-        "last block: only the rows that the head reads": {"rows_read": lambda layers: None},
+        "words' mean taken off by the reader": {
+            "normed_words": lambda x, norm: normed(central(x), norm)
+        },
+        "words' products turned": {"mixed_words": edge.mixed},
+        "last block: no keys and values": {"few": lambda rows: False},
+        "the same, and all rows": {"rows_read": lambda layers: None},
     }
 
 

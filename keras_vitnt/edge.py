@@ -6,10 +6,12 @@ is rewritten, exactly up to rounding:
 * token streams of rank 2 (B * T, D): a dense layer is one FULLY_CONNECTED;
 * every writer to the patch stream is centred (its mean over the width is subtracted from its
   weights), so that a LayerNorm needs no mean: x * rsqrt(mean(x * x) + epsilon); TNT's words keep
-  their means, because the fold's norm reads the words of a patch together;
+  their means, because the fold's norm reads the words of a patch together: the layer that reads
+  them takes the mean off, by weights whose columns sum to zero;
 * a norm's scale and shift are folded into the dense layer that reads it;
 * the attention scale is folded into the queries, layer scale into the layer before it;
-* the last block computes only the rows that the head reads;
+* the last block computes only the rows that the head reads, and keys and values of none: q K' =
+  (q Wk') x';
 * prefix tokens and positions are one constant; the pooling query is a constant;
 * uint8 pixels are normalised by the weights of the patch projection.
 
@@ -160,6 +162,27 @@ def scores(q, k):
     return tf.nn.softmax(tf.linalg.matmul(q, k, transpose_b=True))
 
 
+def mixed(s, v):
+    """Scores (..., h, T, T) and turned values (..., h, d, T) -> (..., T, h, d)."""
+    import tensorflow as tf
+
+    y = tf.linalg.matmul(s, v, transpose_b=True)  # XNNPACK packs a transposed right side fast
+    return tf.transpose(y, (1, 0, 2) if len(y.shape) == 3 else (0, 2, 1, 3))
+
+
+def mixed_words(s, v):
+    """As `mixed`, for d narrower than the columns that a kernel computes at once."""
+    import tensorflow as tf
+
+    y = tf.linalg.matmul(v, s, transpose_b=True)
+    return tf.transpose(y, (2, 0, 1) if len(y.shape) == 3 else (0, 3, 1, 2))
+
+
+def few(rows):
+    """Whether so few rows attend that the weights of keys and values are better taken to them."""
+    return rows is not None
+
+
 def gelu(mlp):
     exact = mlp.gelu == "erf"
 
@@ -258,9 +281,8 @@ def attention(layer, norm, scale, groups, words):
     proj = writer(kernel, bias + biases[2] @ kernel, scale, words)
     own = constant(np.repeat(np.eye(heads), size, axis=1))  # (h, width): each head's columns
     group = () if groups == 1 else (groups,)
-    order, turned, back = (1, 0, 2), (1, 2, 0), (2, 0, 1)
-    if group:
-        order, turned, back = (0, 2, 1, 3), (0, 2, 3, 1), (0, 3, 1, 2)
+    order, turned = ((1, 0, 2), (1, 2, 0)) if groups == 1 else ((0, 2, 1, 3), (0, 2, 3, 1))
+    mix = mixed_words if words else mixed
 
     def call(x, rows=None):
         import tensorflow as tf
@@ -269,26 +291,22 @@ def attention(layer, norm, scale, groups, words):
             return tf.transpose(tf.reshape(y, (*group, -1, heads, size)), order)
 
         x = normed_words(x, norm) if words else normed(x, norm)
-        if rows:
-            return few(x, rows)
-        s = scores(split(query(x), order), split(key(x), order))
-        v = split(value(x), turned)  # XNNPACK packs a transposed right side fast
-        if words:  # d is narrower than a kernel's columns, but not than its rows
-            y = tf.transpose(tf.linalg.matmul(v, s, transpose_b=True), back)
-        else:
-            y = tf.transpose(tf.linalg.matmul(s, v, transpose_b=True), order)
-        return proj(tf.reshape(y, (-1, width)))
+        first = query(leading(x, rows, groups))
+        if few(rows):
+            return proj(attend_with_weights(first, x, rows))
+        s = scores(split(first, order), split(key(x), order))
+        return proj(tf.reshape(mix(s, split(value(x), turned)), (-1, width)))
 
-    def few(x, rows):
-        """For few queries it is less work to take the weights of keys and values to them."""
+    def attend_with_weights(q, x, rows):
+        """Each head's query takes the keys' weights to the tokens, and the values' weights back."""
         import tensorflow as tf
 
-        q = tf.reshape(query(leading(x, rows, groups)), (-1, 1, width)) * own
+        q = tf.reshape(q, (-1, 1, width)) * own
         q = key_turned(tf.reshape(q, (-1, width)))
         tokens = tf.reshape(x, (groups, -1, x.shape[-1]))
         s = scores(tf.reshape(q, (groups, rows * heads, -1)), tokens)
         y = value(tf.reshape(tf.linalg.matmul(s, tokens), (-1, x.shape[-1])))
-        return proj(tf.reduce_sum(tf.reshape(y, (-1, heads, width)) * own, 1))
+        return tf.reduce_sum(tf.reshape(y, (-1, heads, width)) * own, 1)
 
     return call
 
