@@ -146,6 +146,7 @@ def undone():
         "attention scale in the query": {
             "scaled": lambda query, size: query,
             "scores": scale_apart,
+            "few": lambda rows: False,  # whose queries are of another size than a head
         },
         "words' mean taken off by the reader": {
             "normed_words": lambda x, norm: normed(central(x), norm)
@@ -156,7 +157,7 @@ def undone():
     }
 
 
-def rewrites(name, model, x, folder):
+def rewrites(model, x, folder):
     """The lean graph and that with each rewrite undone: {name: function of nothing}."""
     runs = {}
     for label, patches in undone().items():
@@ -197,7 +198,7 @@ def main():
                 real_photos(model.input_shape[1:], 1), kv.images.Preprocessing((224, 224))
             )
             if arguments.rewrites:
-                runs, sizes = rewrites(name, model, x, folder), {}
+                runs, sizes = rewrites(model, x, folder), {}
             else:
                 runs, sizes = ours(title, model, x, folder)
                 runs |= peers(name, theirs, x, folder)

@@ -14,10 +14,11 @@ import keras
 import numpy as np
 
 from . import benchmark, datasets, explain, images, models, pretrained, report, training
-from .export import CALIBRATION, PHOTOS, export, size_of
+from .conversion import size_of
+from .export import export
 from .quantize import KINDS
 from .runs import finish
-from .sources import open_function, open_keras_model, photos_of, recorded
+from .sources import open_function, recorded
 from .weights import load_weights, save_weights
 
 OPENED = (
@@ -508,11 +509,9 @@ def evaluate(arguments):
 
 def export_file(arguments):
     output = arguments.output
-    if output.exists() and not arguments.overwrite:
-        raise FileExistsError(f"{output} exists: pass --overwrite, or another name.")
-    options = {}
-    if arguments.photos:
-        options = labelled_photos(arguments)
+    for path in (output, output.with_name(f"{output.name}.json")):
+        if path.exists() and not arguments.overwrite:
+            raise FileExistsError(f"{path} exists: pass --overwrite, or another name.")
     found = export(
         arguments.model,
         output,
@@ -525,7 +524,8 @@ def export_file(arguments):
         max_drop=arguments.max_drop,
         keep_float=arguments.keep_float,
         sensitivity=arguments.sensitivity,
-        **options,
+        photos=arguments.photos,
+        data_dir=arguments.data_dir,
     )
     if found.sensitivity:
         report.print_sensitivity(found.sensitivity, found.kept)
@@ -541,21 +541,6 @@ def export_file(arguments):
     if compared and compared.accuracy is not None:
         print(f"Accuracy change: {0.0 - compared.drop:+.2f} points")
     print(f"The report stands in {output}.json.")
-
-
-def labelled_photos(arguments):
-    """The options of `export` for photos of another data set, at the model's size."""
-    model, source = open_keras_model(arguments.model, arguments.image_size)
-    size = arguments.image_size or model.input_shape[1:3]
-    source = source._replace(
-        preprocessing=source.preprocessing._replace(size=tuple(size)),
-        data=arguments.photos,
-        data_dir=arguments.data_dir,
-    )
-    pixels, labels, samples, faults = photos_of(source, PHOTOS, CALIBRATION)
-    if faults:
-        print(f"Left out {len(faults)} photos that cannot be read: {', '.join(faults)}")
-    return {"photos": pixels, "labels": labels, "calibration": samples}
 
 
 def list_models(arguments):

@@ -23,12 +23,13 @@ class Report(NamedTuple):
     Attributes:
         path: of the file or folder.
         format: "litert", "onnx", "saved_model" or "keras".
-        graph, quantize, input, batch_size: as asked.
+        graph, quantize, input: as asked; a SavedModel's and a `.keras` file's graph is "plain".
+        batch_size: as asked; None for any.
         bytes: its size.
         structure: of a LiteRT file, see `gate.structure`; else an empty dict.
         comparison: a `gate.Comparison`; None for a `.keras` file.
-        milliseconds: median of one call of the file; `float_milliseconds`: of the float32 file
-            beside it, in turns in the same process. None for a `.keras` file.
+        milliseconds: median of one call of the file; None for a `.keras` file.
+        float_milliseconds: of the float32 file beside a quantised one, in turns with it.
         kept: parts that stayed float though the others were quantised.
         sensitivity: list of `quantize.Sensitivity`, if it was asked for.
     """
@@ -155,9 +156,16 @@ class Worker:
         run = gate.open_model(path)[0]
         return gate.compare(run(self.given(self.pixels)), self.expected, self.labels)
 
-    def refuse(self, path, broken):
+    def refuse(self, name, broken):
         if broken:
-            raise Refused(f"{path.name} is refused: {'; '.join(broken)}.")
+            raise Refused(f"{name} is refused: {'; '.join(broken)}.")
+
+    def write_whole(self, whole):
+        """The float32 LiteRT file that all others are made of; it must be exact itself."""
+        say("Converting to LiteRT")
+        write_litert(self.model, whole, self.job)
+        self.exact = self.compare(whole)
+        self.refuse("The float32 LiteRT file", gate.faults(self.exact))
 
     def quantized(self, whole, path, kind):
         """Write a quantised file; (parts kept in float, sensitivity)."""
@@ -187,11 +195,12 @@ class Worker:
         def drop(content):
             return gate.compare(logits(content), self.expected, self.labels).drop
 
-        if self.job.get("sensitivity") or limit is not None:
+        if self.job.get("sensitivity"):
             rows = quantize.sensitivity(whole, kind, logits, calibration, say)
         say(f"Quantising to {kind}")
         content = quantize.quantize(whole, kind, keep, calibration=calibration)
         if limit is not None and not drop(content) <= limit:
+            rows = rows or quantize.sensitivity(whole, kind, logits, calibration, say)
             try:
                 content, keep = quantize.within(
                     whole, kind, rows, drop, limit, keep, calibration, say
@@ -222,11 +231,12 @@ class Worker:
             if not broken and graph == "lean" and kind != "int8-static":
                 if found["partitions"] != 1:
                     broken = [f"{found['partitions']} XNNPACK partitions, not 1"]
-            self.refuse(path, broken)
+            self.refuse(path.name, broken)
         if form != "keras":
             say(f"Running {path.name} on {len(self.pixels)} photos")
-            compared = self.compare(path)
-            self.refuse(path, gate.faults(compared, kind, self.job.get("min_agreement")))
+            exact = form == "litert" and not kind
+            compared = self.exact if exact else self.compare(path)
+            self.refuse(path.name, gate.faults(compared, kind, self.job.get("min_agreement")))
             runs = {"file": gate.open_model(path)[0]}
             if kind:
                 runs["float"] = gate.open_model(whole)[0]
@@ -264,8 +274,7 @@ def write_all(model, job, arrays, whole):
     worker = Worker(model, job, arrays)
     files = [(Path(file["path"]), file["quantize"]) for file in job["files"]]
     if any(format_of(path) == "litert" for path, _ in files):
-        say("Converting to LiteRT")
-        write_litert(model, whole, job)
+        worker.write_whole(whole)
     return [worker.write(path, kind, whole) for path, kind in files]
 
 

@@ -72,14 +72,36 @@ def check(model):
     """
     known = r"images|patches|pixels|encoder|block\d+|norm|fc_norm|pool(_distillation)?|pre_logits"
     known += r"|head(_distillation)?|average|predictions"
-    names = [layer.name for layer in model.layers]
-    foreign = [name for name in names if not re.fullmatch(known, name)]
-    missing = {"encoder", "block00"} - set(names)
-    if foreign or missing or len(model.outputs) != 1:
+    layers = {layer.name: layer for layer in model.layers}
+    foreign = [name for name in layers if not re.fullmatch(known, name)]
+    whole = {"encoder", "block00"} <= set(layers) and {"norm", "fc_norm"} & set(layers)
+    if foreign or not whole or len(model.outputs) != 1:
         raise ValueError(
             f"Only a whole ViT, DeiT or TNT of this package has a lean graph; {model.name!r} has "
-            f'the layers {", ".join((foreign or names)[:4])}: pass graph="plain".'
+            f'the layers {", ".join((foreign or list(layers))[:4])}: pass graph="plain".'
         )
+    if "fc_norm" in layers and by_attention(layers["pool"]):
+        raise ValueError(
+            'fc_norm with pooling="map" reads tokens with their means, which the lean graph drops: '
+            'pass graph="plain".'
+        )
+    activation = activation_of(layers)
+    if activation not in (None, "softmax", "sigmoid"):
+        raise ValueError(
+            f"The lean graph ends in logits, softmax or sigmoid; {model.name!r} ends in "
+            f'{activation}: pass graph="plain".'
+        )
+
+
+def by_attention(pool):
+    """Whether a pooling layer is an `AttentionPooling`."""
+    return not hasattr(pool, "pooling")
+
+
+def activation_of(layers):
+    """The name of the activation behind the head; None for logits."""
+    name = layers["predictions"].activation.__name__ if "predictions" in layers else "linear"
+    return None if name == "linear" else name
 
 
 def number(x):
@@ -208,14 +230,16 @@ def table(encoder, dim):
     return found - found.mean(axis=1, keepdims=True)
 
 
-def with_prefix(x, prefix, batch_size):
-    """(B * N, D) -> (B * T, D): rows of zeros before those of each image."""
+def with_prefix(x, prefix, batch_size, added=None):
+    """(B * N, D) -> (B * T, D): rows of zeros before those of each image; plus `added` (T, D)."""
     import tensorflow as tf
 
     if batch_size == 1:
-        return tf.pad(x, ((prefix, 0), (0, 0)))
+        x = tf.pad(x, ((prefix, 0), (0, 0)))
+        return x if added is None else x + added
     x = tf.reshape(x, (batch_size, -1, x.shape[-1]))
-    return tf.reshape(tf.pad(x, ((0, 0), (prefix, 0), (0, 0))), (-1, x.shape[-1]))
+    x = tf.pad(x, ((0, 0), (prefix, 0), (0, 0)))
+    return tf.reshape(x if added is None else x + added, (-1, x.shape[-1]))
 
 
 def leading(x, rows, batch_size):
@@ -248,13 +272,13 @@ def vit_stem(layers, batch_size, pixels):
     added = table(encoder, width)
     prefix = encoder.num_prefix_tokens
     added[prefix:] += bias - np.einsum("hwcd,c->d", kernel, mean)
-    added = constant(np.tile(added, (batch_size, 1)))
+    added = constant(added)
 
     def stem(images):
         import tensorflow as tf
 
         x = tf.nn.conv2d(images, filters, side, "VALID")  # (B, rows, columns, D)
-        return (with_prefix(tf.reshape(x, (-1, width)), prefix, batch_size) + added,)
+        return (with_prefix(tf.reshape(x, (-1, width)), prefix, batch_size, added),)
 
     return stem
 
@@ -376,7 +400,7 @@ def tnt_stem(layers, batch_size, normalized):
     added = constant(np.broadcast_to(bias, (m * m, width)).reshape(1, -1))
     to_patch = folding(fold)
     prefix = encoder.num_prefix_tokens
-    start = constant(np.tile(table(encoder, fold.dim), (batch_size, 1)))
+    start = constant(table(encoder, fold.dim))
 
     def stem(images):
         import tensorflow as tf
@@ -394,7 +418,7 @@ def tnt_stem(layers, batch_size, normalized):
         else:
             x = cut(tf.nn.conv2d(tf.pad(images, border), filters, stride, "VALID"), m)
         x = tf.reshape(x, (-1, m * m * width)) + added
-        tokens = with_prefix(to_patch(x), prefix, batch_size) + start
+        tokens = with_prefix(to_patch(x), prefix, batch_size, start)
         return tf.reshape(x, (-1, width)), tokens
 
     return stem
@@ -453,9 +477,9 @@ def tnt_blocks(blocks, encoder, rows, batch_size):
 def rows_read(layers):
     """How many leading tokens the head reads; None for all."""
     pools = [layer for name, layer in layers.items() if name.startswith("pool")]
-    if not pools or any(getattr(layer, "pooling", "map") != "token" for layer in pools):
+    if not pools or any(by_attention(pool) or pool.pooling != "token" for pool in pools):
         return None
-    return max(layer.index for layer in pools) + 1
+    return max(pool.index for pool in pools) + 1
 
 
 def top(layers, batch_size):
@@ -465,10 +489,10 @@ def top(layers, batch_size):
     pools = [layers[name] for name in ("pool", "pool_distillation") if name in layers]
     heads = [layers[name] for name in ("head", "head_distillation") if name in layers]
     pre_logits = dense(*dense_numbers(layers["pre_logits"])) if "pre_logits" in layers else None
-    activation = layers["predictions"].activation.__name__ if "predictions" in layers else None
+    activation = activation_of(layers)
     outputs = [dense(*dense_numbers(head)) for head in heads]
-    by_attention = pools and not hasattr(pools[0], "pooling")
-    map_head = attention_pooling(pools[0], batch_size) if by_attention else None
+    mapped = pools and by_attention(pools[0])
+    map_head = attention_pooling(pools[0], batch_size) if mapped else None
 
     def call(x):
         import tensorflow as tf

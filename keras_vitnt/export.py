@@ -37,6 +37,7 @@ def export(
     preprocessing=None,
     names=None,
     photos=None,
+    data_dir=None,
     labels=None,
     calibration=None,
     min_agreement=None,
@@ -49,7 +50,8 @@ def export(
     The file is refused, and nothing is left, if it has operators beyond the built-in ones, dynamic
     tensors, rank above 4 or more than one XNNPACK partition (LiteRT; `graph="plain"` and static
     int8 may have more partitions), if in float32 a logit differs by more than 1e-4 of the largest
-    one (at least 1), or if it misses the level that you ask for.
+    one (at least 1), if quantised the cosine of the logits is under 0.9, if it misses the level
+    that you ask for, or if a run's photos show that labels are swapped.
 
     Args:
         model: a `keras.Model` with one input and one output, on any backend; or a run's folder, a
@@ -66,7 +68,9 @@ def export(
             nothing (see `edge`), for a `ViT`, `DeiT` or `TNT`; or "plain", as Keras exports it.
         preprocessing: `images.Preprocessing`; None for a model's pixels in -1..1.
         names: of the classes, for the report and messages.
-        photos: uint8 (P, H, W, C) to compare on; None for some of the embedded photos.
+        photos: uint8 (P, H, W, C) to compare on, or "embedded", "folder:PATH" or "tfds:NAME" for
+            the validation photos there; None for those of a run, else for some embedded ones.
+        data_dir: where TensorFlow Datasets keeps its sets.
         labels: int (P,), for the change of accuracy.
         calibration: uint8 (Q, H, W, C) of the training data, for "int8-static".
         min_agreement: refuse a file with a smaller share of equal top-1 classes.
@@ -81,42 +85,57 @@ def export(
 
     Raises:
         ValueError: for arguments that do not fit each other or the model.
+        FileNotFoundError: if there is no such model or data set.
+        OSError: if the target cannot be written.
         RuntimeError: if the conversion fails or the gate refuses the file.
 
     Example:
         >>> export(model, "model_int8.tflite", quantize="int8").comparison.agreement
         1.0
     """
+    check_targets(
+        {Path(path): quantize},
+        graph,
+        batch_size=batch_size,
+        input=input,
+        min_agreement=min_agreement,
+        max_drop=max_drop,
+        keep_float=keep_float,
+        sensitivity=sensitivity,
+    )
+    source = sources.Source(preprocessing, names)
     if not isinstance(model, keras.Model):
-        name = model
-        model, source = sources.open_keras_model(name, image_size)
-        names = names or source.names
-        preprocessing = preprocessing or source.preprocessing
-        if image_size:
-            preprocessing = preprocessing._replace(size=tuple(image_size))
-        if photos is None and source.data:
-            source = source._replace(preprocessing=preprocessing)
-            wanted = CALIBRATION if quantize == "int8-static" and calibration is None else 0
-            try:
-                photos, labels, samples, faults = sources.photos_of(source, PHOTOS, wanted)
-            except (FileNotFoundError, ModuleNotFoundError) as error:  # the data moved away
-                if wanted:
-                    raise
-                print(f"{error} The file is compared on embedded photos instead.")
-            else:
-                calibration = samples if calibration is None else calibration
-                if faults:
-                    print(f"Left out {len(faults)} photos that cannot be read: {', '.join(faults)}")
+        model, source = sources.open_keras_model(model, image_size)
+        source = source._replace(
+            preprocessing=preprocessing or source.preprocessing, names=names or source.names
+        )
     if image_size:
         model = resized(model, image_size)
+    source = source._replace(preprocessing=fitted(source.preprocessing, model))
+    if isinstance(photos, str):
+        source = source._replace(data=photos, data_dir=data_dir)
+    wanted = CALIBRATION if quantize == "int8-static" and calibration is None else 0
+    if source.data and (photos is None or isinstance(photos, str) or wanted):
+        try:
+            found = sources.photos_of(source, PHOTOS, wanted)
+        except (FileNotFoundError, ModuleNotFoundError) as error:  # the data moved away
+            if wanted or isinstance(photos, str):
+                raise
+            print(f"{error} The file is compared on embedded photos instead.")
+        else:
+            if not isinstance(photos, np.ndarray):
+                photos, labels = found[:2]
+            calibration = found[2] if calibration is None else calibration
+            if found[3]:
+                print(f"Left out {len(found[3])} photos that cannot be read: {', '.join(found[3])}")
     return export_all(
         model,
         {path: quantize},
         graph,
         batch_size=batch_size,
         input=input,
-        preprocessing=preprocessing,
-        names=names,
+        preprocessing=source.preprocessing,
+        names=source.names,
         photos=photos,
         labels=labels,
         calibration=calibration,
@@ -128,7 +147,17 @@ def export(
     )[0]
 
 
-def export_all(model, targets, graph="lean", *, preprocessing=None, photos=None, **job):
+def export_all(
+    model,
+    targets,
+    graph="lean",
+    *,
+    preprocessing=None,
+    photos=None,
+    labels=None,
+    calibration=None,
+    **job,
+):
     """Several exports of one model in one conversion process: {path: quantize} -> [`Report`].
 
     The other arguments are those of `export`.
@@ -136,14 +165,14 @@ def export_all(model, targets, graph="lean", *, preprocessing=None, photos=None,
     from rich.console import Console
 
     targets = {Path(path): kind for path, kind in targets.items()}
-    check_arguments(model, targets, graph, photos, job)
-    *size, channels = model.input_shape[1:]
-    half = (0.5,) * channels
-    preprocessing = preprocessing or images.Preprocessing(tuple(size), half, half)
+    check_targets(targets, graph, **job)
+    if graph == "lean" and {format_of(path) for path in targets} & {"litert", "onnx"}:
+        edge.check(model)
+    check_arrays(model, targets, photos, labels, calibration)
+    preprocessing = fitted(preprocessing, model)
     if photos is None:
         photos = real_photos(model.input_shape[1:])
-    arrays = {"photos": photos, "labels": job.pop("labels", None)}
-    arrays["calibration"] = job.pop("calibration", None)
+    arrays = {"photos": photos, "labels": labels, "calibration": calibration}
     with ExitStack() as stack:
         folders = []
         for path in targets:
@@ -178,51 +207,79 @@ def export_all(model, targets, graph="lean", *, preprocessing=None, photos=None,
     return reports
 
 
-def check_arguments(model, targets, graph, photos, job):
-    """Refuse what cannot be exported before anything slow, or written, begins."""
+def fitted(preprocessing, model):
+    """The `images.Preprocessing` at a model's size; pixels in -1..1 if none is given."""
+    *size, channels = model.input_shape[1:]
+    half = (0.5,) * channels
+    found = preprocessing or images.Preprocessing(tuple(size), half, half)
+    return found._replace(size=tuple(size))
+
+
+def check_targets(
+    targets,
+    graph,
+    *,
+    batch_size=1,
+    input="float",
+    min_agreement=None,
+    max_drop=None,
+    keep_float=None,
+    sensitivity=False,
+    **others,
+):
+    """Refuse what fits no model before anything slow, or written, begins."""
     if graph not in ("lean", "plain"):
         raise ValueError(f'`graph` must be "lean" or "plain"; got {graph!r}.')
-    if job.get("input", "float") not in ("float", "uint8"):
-        raise ValueError(f'`input` must be "float" or "uint8"; got {job["input"]!r}.')
-    size = job.get("batch_size", 1)
-    if not (isinstance(size, int) and size > 0):
-        raise ValueError(f"`batch_size` must be a positive whole number; got {size!r}.")
-    kinds = {format_of(path) for path in targets}
-    if kinds & {"litert", "onnx"} and graph == "lean":
-        edge.check(model)
+    if input not in ("float", "uint8"):
+        raise ValueError(f'`input` must be "float" or "uint8"; got {input!r}.')
+    if not (isinstance(batch_size, int) and batch_size > 0):
+        raise ValueError(f"`batch_size` must be a positive whole number; got {batch_size!r}.")
+    if min_agreement is not None and not 0 <= min_agreement <= 1:
+        raise ValueError(f"`min_agreement` is a share, 0 to 1, such as 0.99; got {min_agreement}.")
+    by_part = max_drop is not None or keep_float is not None or sensitivity
     for path, kind in targets.items():
-        if format_of(path) is None:
+        form = format_of(path)
+        if form is None:
             raise ValueError(
                 f"Unknown format of {path}: expected a name that ends in .tflite, .onnx or .keras, "
                 "or a folder's name without suffix for a SavedModel."
             )
-        folder = format_of(path) == "saved_model"
-        if path.is_dir() and not (folder and (path / "saved_model.pb").is_file()):
+        if path.is_dir() and not (form == "saved_model" and (path / "saved_model.pb").is_file()):
             raise ValueError(f"{path} is a folder of something else; it is not replaced.")
-        if kind not in (None, *quantize.KINDS) or (kind and format_of(path) != "litert"):
+        if path.is_file() and form == "saved_model":
+            raise ValueError(f"{path} is a file; a SavedModel's folder does not replace it.")
+        if kind not in (None, *quantize.KINDS) or (kind and form != "litert"):
             raise ValueError(
                 f"quantize={kind!r} of {path}: expected None, or one of "
                 f"{', '.join(quantize.KINDS)} for a .tflite file."
             )
-        if kind == "int8-static" and job.get("calibration") is None:
+        if by_part and not (kind and graph == "lean"):
             raise ValueError(
-                "int8-static needs photos of the training data: pass calibration=..., or export a "
-                "run's folder."
+                "max_drop, keep_float and sensitivity are of a quantised file with the lean graph; "
+                f"{path} is not one."
             )
-        if not kind and (
-            job.get("max_drop") is not None
-            or job.get("sensitivity")
-            or job.get("keep_float") is not None
-        ):
+        if form == "keras" and (input == "uint8" or min_agreement is not None):
             raise ValueError(
-                f"max_drop, keep_float and sensitivity are of a quantised file; {path} is not one."
+                f'input="uint8" and min_agreement are of exported files; {path} is Keras\' own.'
             )
-    if photos is not None and (
-        photos.dtype != np.uint8 or photos.shape[1:] != tuple(model.input_shape[1:])
-    ):
+
+
+def check_arrays(model, targets, photos, labels, calibration):
+    """Refuse photos and labels that do not fit the model or each other."""
+    shape = model.input_shape[1:]
+    for name, pixels in (("photos", photos), ("calibration", calibration)):
+        if pixels is not None and (pixels.dtype != np.uint8 or pixels.shape[1:] != shape):
+            raise ValueError(
+                f"`{name}` must be uint8 (P, {', '.join(map(str, shape))}); got {pixels.dtype} "
+                f"{pixels.shape}."
+            )
+    if labels is not None and (photos is None or len(labels) != len(photos)):
+        count = "none" if photos is None else len(photos)
+        raise ValueError(f"`labels` are of `photos`: {len(labels)} labels, photos: {count}.")
+    if calibration is None and "int8-static" in targets.values():
         raise ValueError(
-            f"`photos` must be uint8 (P, {', '.join(map(str, model.input_shape[1:]))}); got "
-            f"{photos.dtype} {photos.shape}."
+            "int8-static needs photos of the training data: pass calibration=..., or export a "
+            "run's folder."
         )
 
 
@@ -254,7 +311,9 @@ def convert(work, progress):
     if failed:
         text = (work / "log").read_text()
         last = (text.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"The export under TensorFlow failed: {last}\n{text}")
+        error = RuntimeError(f"The export under TensorFlow failed: {last}")
+        error.add_note(text)
+        raise error
 
 
 def put_in_place(new, path):
@@ -297,7 +356,11 @@ def copy(model, dtype=None):
 
 def resized(model, image_size):
     """A `ViT`, `DeiT` or `TNT` for other images (height, width), its positions resampled."""
-    edge.check(model)
+    if "encoder" not in {layer.name for layer in model.layers}:
+        raise ValueError(
+            f"image_size: only a ViT, DeiT or TNT of this package takes another; {model.name!r} "
+            f"is for {model.input_shape[1:3]}."
+        )
     if tuple(model.input_shape[1:3]) == tuple(image_size):
         return model
     height, width = image_size

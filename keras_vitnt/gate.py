@@ -106,6 +106,7 @@ def structure(path):
     Keys: "operators" {name: count}, "partitions" (of XNNPACK), "faults" (the rules of structure
     that are broken: list of str).
     """
+    from ai_edge_litert import schema_py_generated as schema
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     def opened(**options):
@@ -121,7 +122,7 @@ def structure(path):
         first = str(error).strip().splitlines()[0]
         return {"faults": [f"the interpreter refuses it: {first}"]}
     broken = []
-    foreign = sorted(name for name in operators if name.startswith("Flex") or name == "CUSTOM")
+    foreign = sorted(name for name in operators if name not in vars(schema.BuiltinOperator))
     if foreign:
         broken.append(f"operators beyond the built-in ones: {', '.join(foreign)}")
     tensors = [t for t in interpreter.get_tensor_details() if t["name"]]
@@ -195,19 +196,23 @@ def open_saved_model(path):
     loaded = tf.saved_model.load(str(path))
     _, arguments = loaded.signatures["serving_default"].structured_input_signature
     given = next(iter(arguments.values()))
-    return (
-        (lambda x: loaded.serve(tf.convert_to_tensor(x)).numpy()),
-        tuple(given.shape[1:]),
-        given.dtype.name,
-    )
+
+    def run(images):
+        return loaded.serve(tf.convert_to_tensor(images)).numpy()
+
+    return (lambda images: in_batches(run, images)), tuple(given.shape[1:]), given.dtype.name
 
 
-def in_batches(run, images, size):
-    """A function of fixed batch size on any number of images; the last batch is filled up."""
+def in_batches(run, images, size=None):
+    """A function on any number of images, as many at once as memory bears.
+
+    If it takes batches of one `size` only, the last one is filled up.
+    """
     outputs = []
-    for start in range(0, len(images), size):
-        batch = images[start : start + size]
-        outputs.append(run(np.resize(batch, (size, *batch.shape[1:])))[: len(batch)])
+    for start in range(0, len(images), size or 16):
+        batch = images[start : start + (size or 16)]
+        whole = np.resize(batch, (size, *batch.shape[1:])) if size else batch
+        outputs.append(run(whole)[: len(batch)])
     return np.concatenate(outputs)
 
 
@@ -226,8 +231,7 @@ def open_onnx(path):
 
     size = given.shape[0] if isinstance(given.shape[0], int) else None
     dtype = "uint8" if given.type == "tensor(uint8)" else "float32"
-    whole = run if size is None else (lambda images: in_batches(run, images, size))
-    return whole, tuple(given.shape[1:]), dtype
+    return (lambda images: in_batches(run, images, size)), tuple(given.shape[1:]), dtype
 
 
 def open_litert(path):

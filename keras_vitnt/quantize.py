@@ -165,7 +165,7 @@ def sensitivity(path, kind, evaluate, calibration=None, progress=lambda text: No
         evaluate: function of a LiteRT file's bytes -> its logits (photos, classes).
         progress: called with a line before each part.
     """
-    whole = path.read_bytes()
+    whole = shared(path.read_bytes())
     expected = evaluate(whole)
     rows = []
     names = parts(path)
@@ -186,10 +186,10 @@ def sensitivity(path, kind, evaluate, calibration=None, progress=lambda text: No
 
 
 def within(path, kind, rows, drop, limit, keep=(), calibration=None, progress=lambda text: None):
-    """The smallest file that loses no more than `limit` points: (bytes, parts kept in float).
+    """A small file that loses no more than `limit` points: (bytes, parts kept in float).
 
-    The parts are set free from quantisation in the order of the noise they make for the bytes
-    they save, as few as it takes, by bisection.
+    For a network that loses more with all parts quantised. They are set free from that in the
+    order of the noise they make for the bytes they save, as few as it takes, found by bisection.
 
     Args:
         path, kind, keep, calibration: as in `quantize`.
@@ -203,9 +203,9 @@ def within(path, kind, rows, drop, limit, keep=(), calibration=None, progress=la
         return 10 ** (-row.decibels / 10) / max(row.saved, 1)
 
     order = [row.part for row in sorted(rows, key=harm, reverse=True) if row.part not in keep]
-    good, low, high = None, 0, len(order)
+    good, low, high = None, 1, len(order)
     while low <= high:
-        count = 0 if low == 0 and good is None and high == len(order) else (low + high) // 2
+        count = (low + high) // 2
         progress(f"Keeping {count} of {len(order)} parts in float")
         kept = [*keep, *order[:count]]
         new = quantize(path, kind, keep=kept, calibration=calibration)

@@ -96,8 +96,9 @@ def open_keras_model(name, image_size=None):
     except Exception as error:  # Keras has many kinds
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(f"{file} cannot be read: {first}") from error
-    size = tuple(model.input_shape[1:3])
-    return model, recorded(file) or Source(images.Preprocessing(size))
+    *size, channels = model.input_shape[1:]
+    half = (0.5,) * channels
+    return model, recorded(file) or Source(images.Preprocessing(tuple(size), half, half))
 
 
 def evenly(items, count):

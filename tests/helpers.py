@@ -5,7 +5,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_vitnt import models
+from keras_vitnt import conversion, models
 
 REFERENCE = Path(__file__).parent / "reference"
 TIMM_VIT = dict(
@@ -85,3 +85,12 @@ def forward(model, x):
 
 def numpy(x):
     return np.asarray(keras.ops.convert_to_numpy(x))
+
+
+def converted(model, kinds, folder, photos, calibration=None, **job):
+    """The conversion process' work, done in this one: [report as a dict], for LiteRT files."""
+    size = model.input_shape[1:3]
+    job = {"graph": "lean", "preprocessing": [size, [0.5] * 3, [0.5] * 3], **job}
+    job["files"] = [{"path": str(folder / f"{kind}.tflite"), "quantize": kind} for kind in kinds]
+    arrays = {"photos": photos, "calibration": calibration}
+    return conversion.write_all(model, job, arrays, folder / "whole.tflite")

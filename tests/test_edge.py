@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from helpers import forward, numpy
+from helpers import converted, forward, numpy
 from test_models import OPTIONS, TNT, VIT, settle
 
-from keras_vitnt import conversion, edge, images, models
+from keras_vitnt import edge, images, models
 from keras_vitnt.export import real_photos
 
 CASES = dict(
@@ -53,17 +53,14 @@ def product():
     ],
 )
 def test_every_option_passes_the_gate(builder, options, tmp_path):
-    """The conversion process' work, done here: float32, fp16 and int8 files of pixels."""
+    """Float32, fp16 and int8 files of pixels."""
     model = settle(builder(**options))
     kinds = {None: 1e-5, "fp16": 5e-3, "int8": 0.1}
-    job = {
-        "graph": "lean",
-        "input": "uint8",
-        "preprocessing": [[8, 12], [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]],
-        "files": [{"path": str(tmp_path / f"{k}.tflite"), "quantize": k} for k in kinds],
-    }
-    arrays = {"photos": real_photos((8, 12, 3))}
-    for report in conversion.write_all(model, job, arrays, tmp_path / "whole.tflite"):
+    preprocessing = [[8, 12], [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]]
+    photos = real_photos((8, 12, 3))
+    for report in converted(
+        model, kinds, tmp_path, photos, input="uint8", preprocessing=preprocessing
+    ):
         found = report["comparison"]
         assert report["structure"]["partitions"] == 1
         limit = kinds[report["quantize"]] * max(1, found["largest_logit"])

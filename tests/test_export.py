@@ -13,12 +13,12 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from helpers import CASES, REFERENCE, forward, numpy, weights_file
+from helpers import CASES, REFERENCE, converted, forward, numpy, weights_file
 from test_cli import run
 from test_datasets import write_photos
 from test_models import TNT, VIT, settle
 
-from keras_vitnt import gate, images, load_weights, models, quantize
+from keras_vitnt import conversion, edge, gate, images, load_weights, models, quantize
 from keras_vitnt.export import export, export_all, put_in_place, real_photos, resized
 
 SIGNS = Path(__file__).parent.parent / "saved_models" / "signs"
@@ -44,31 +44,22 @@ def test_every_backend_writes_the_references_numbers(case, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
-ELSEWHERE = """
-import sys
-from pathlib import Path
-import keras, keras_vitnt
-from keras_vitnt.export import export_all
-folder = Path(sys.argv[1])
-model = keras.models.load_model(folder / "model.keras", compile=False)
-kinds = {"model.tflite": None, "int8.tflite": "int8", "saved_model": None}
-export_all(model, {folder / sys.argv[2] / name: kind for name, kind in kinds.items()})
-"""
-
-
-@pytest.mark.parametrize("builder, options", [(models.ViT, VIT), (models.TNT, TNT)])
-def test_files_from_two_backends_are_equal(builder, options, tmp_path):
-    """From this backend and from the next one, each in a process of its own."""
-    settle(builder(**options)).save(tmp_path / "model.keras")
-    ring = ["tensorflow", "jax", "torch", "tensorflow"]
-    here = keras.backend.backend()
+def test_files_from_two_backends_are_equal(tmp_path):
+    """From this backend, and in a process of its own from the next one."""
+    model = settle(models.TNT(**TNT))
+    model.save(tmp_path / "model.keras")
+    kinds = {"model.tflite": None, "int8.tflite": "int8", "saved_model": None}
+    export_all(model, {tmp_path / "here" / name: kind for name, kind in kinds.items()})
+    code = "import sys, keras; from pathlib import Path; from keras_vitnt.export import *\n"
+    code += "model = keras.models.load_model(sys.argv[1], compile=False)\n"
+    code += f"export_all(model, {{Path(sys.argv[2], n): k for n, k in {kinds}.items()}})"
+    following = {"tensorflow": "jax", "jax": "torch", "torch": "tensorflow"}
+    environment = dict(os.environ, KERAS_BACKEND=following[keras.backend.backend()])
+    command = [sys.executable, "-c", code, tmp_path / "model.keras", tmp_path / "there"]
+    subprocess.run(command, env=environment, check=True)
     photos, plain = real_photos((8, 12, 3)), images.Preprocessing((8, 12))
-    for backend in (here, ring[ring.index(here) + 1]):
-        environment = dict(os.environ, KERAS_BACKEND=backend)
-        command = [sys.executable, "-c", ELSEWHERE, tmp_path, backend]
-        subprocess.run(command, env=environment, check=True)
-    for name in ("model.tflite", "int8.tflite", "saved_model"):
-        one, other = (numbers(p / name, photos, plain) for p in tmp_path.iterdir() if p.is_dir())
+    for name in kinds:
+        one, other = (numbers(tmp_path / p / name, photos, plain) for p in ("here", "there"))
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(1, np.abs(one).max()))
 
 
@@ -89,6 +80,8 @@ def test_every_format_quantisation_and_input(tmp_path):
     }
     for given, graph in (("float", "lean"), ("uint8", "plain")):
         folder = tmp_path / given
+        if given == "uint8":
+            del files["model.keras"]
         found = export_all(
             model,
             {folder / name: kind for name, kind in files.items()},
@@ -102,7 +95,7 @@ def test_every_format_quantisation_and_input(tmp_path):
         )
         left = {*files, *(f"{name}.json" for name in files)}
         assert {path.name for path in folder.iterdir()} == left
-        for report in found[:-1]:
+        for report in found[:6]:
             exact = report.quantize is None
             close = 1e-5 if exact else 0.01 if report.quantize == "fp16" else 0.3
             outputs = numbers(report.path, photos, preprocessing)
@@ -113,8 +106,8 @@ def test_every_format_quantisation_and_input(tmp_path):
             assert record["comparison"]["max_difference"] == report.comparison.max_difference
             assert record["names"] == list("abcdefg") and record["bytes"] == report.bytes
             assert record["preprocessing"]["mean"] == [0.4, 0.5, 0.6]
-        opened = keras.models.load_model(folder / "model.keras", compile=False)
-        assert opened.count_params() == model.count_params()
+    opened = keras.models.load_model(tmp_path / "float" / "model.keras", compile=False)
+    assert opened.count_params() == model.count_params()
 
 
 def test_another_image_size(tmp_path):
@@ -135,6 +128,7 @@ def test_another_image_size(tmp_path):
 def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
     model = models.ViT(**VIT)
     by_hand = keras.Sequential([keras.Input((8, 12, 3)), keras.layers.Flatten()])
+    mapped = models.ViT(**VIT, pooling="map", fc_norm=True)
     wrong = [
         (by_hand, "x.tflite", {}, 'pass graph="plain"'),
         (model, "x.tflite", {"graph": "fast"}, "graph.*got 'fast'"),
@@ -143,6 +137,14 @@ def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
         (model, "x.tflite", {"quantize": "int4"}, "quantize='int4'"),
         (model, "x.tflite", {"quantize": "int8-static"}, "needs photos of the training data"),
         (model, "x.tflite", {"max_drop": 0.1}, "of a quantised file"),
+        (model, "x.tflite", {"quantize": "int8", "keep_float": [], "graph": "plain"}, "lean graph"),
+        (model, "x.tflite", {"min_agreement": 99}, "a share.*got 99"),
+        (model, "x.tflite", {"labels": [0, 1]}, "2 labels, photos: none"),
+        (model, "x.keras", {"input": "uint8"}, "x.keras is Keras' own"),
+        (by_hand, "x.tflite", {"graph": "plain", "image_size": (9, 9)}, "only a ViT, DeiT or TNT"),
+        (mapped, "x.tflite", {}, "fc_norm with pooling.*plain"),
+        (models.ViT(**VIT, classifier_activation="mish"), "x.tflite", {}, "ends in mish"),
+        (keras.Model(model.input, model.get_layer("block00").output), "x.tflite", {}, "whole ViT"),
         (model, "x.onnx", {"quantize": "int8"}, "quantize='int8' of .*x.onnx"),
         (model, "x.pb", {}, "Unknown format"),
         (model, "x.tflite", {"photos": np.zeros((1, 8, 8, 3), "uint8")}, "photos.*8, 12, 3"),
@@ -156,6 +158,8 @@ def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
     with pytest.raises(ValueError, match="photos is a folder of something else"):
         export(model, tmp_path / "photos")
     (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file; a SavedModel"):
+        export(model, tmp_path / "file")
     with pytest.raises(OSError, match="Cannot write .*x.tflite"):
         export(model, tmp_path / "file" / "x.tflite")
 
@@ -213,6 +217,38 @@ def test_the_gate_finds_a_wrong_weight(tmp_path):
     assert gate.faults(found._replace(max_difference=float("nan")))  # no number is no pass
 
 
+@pytest.mark.conversion
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_the_conversion_refuses_a_wrong_graph(kind, tmp_path, monkeypatch):
+    """A wrong number, whatever is made of it, and a second partition: nothing is reported."""
+    model = settle(models.ViT(**VIT))
+    lean = edge.lean
+
+    def with_wrong_scale(*arguments):
+        graph = lean(*arguments)
+        return lambda x: graph(x * 1.001)
+
+    def with_other_operators(*arguments):
+        import tensorflow as tf
+
+        graph = lean(*arguments)
+
+        def call(x):
+            y = graph(x)
+            zero = 1e-9 * tf.cumsum(y, 1)
+            return y + zero @ np.eye(zero.shape[1], dtype="float32")
+
+        return call
+
+    for broken, message in (
+        (with_wrong_scale, "float32 LiteRT file is refused: it differs from Keras by"),
+        (with_other_operators, "tflite is refused: 2 XNNPACK partitions, not 1"),
+    ):
+        monkeypatch.setattr(edge, "lean", broken)
+        with pytest.raises(conversion.Refused, match=message):
+            converted(model, [kind], tmp_path, real_photos((8, 12, 3)))
+
+
 @pytest.fixture
 def signs(tmp_path):
     """The kept run, without its large files."""
@@ -259,20 +295,25 @@ def test_max_drop_keeps_the_fewest_harmful_parts(tmp_path):
     """Random logits agree by luck, so that int8 loses some; all kept in float loses none."""
     model = settle(models.ViT(**VIT))
     photos = np.random.default_rng(0).integers(0, 256, (60, 8, 12, 3), dtype="uint8")
-    options = dict(photos=photos, quantize="int8-static", calibration=photos[:8])
-    free = export(model, tmp_path / "free.tflite", sensitivity=True, **options)
+
+    def files(**asked):
+        return converted(model, ["int8-static"], tmp_path, photos, photos[:8], **asked)[0]
+
+    free = files(sensitivity=True)
     parts = {f"block0{i}/{part}" for i in range(2) for part in ("attention", "mlp")}
-    assert {row.part for row in free.sensitivity} == parts | {"stem", "head"}
-    assert [row.decibels for row in free.sensitivity] == sorted(
-        row.decibels for row in free.sensitivity
-    )
-    assert free.comparison.drop > 0 and free.kept == []
-    held = export(model, tmp_path / "held.tflite", max_drop=0, **options)
-    assert held.comparison.drop == 0 and 0 < len(held.kept) <= len(parts) + 2
-    one = export(model, tmp_path / "one.tflite", keep_float=["block00/mlp"], **options)
-    assert one.kept == ["block00/mlp"]
-    with pytest.raises(RuntimeError, match="no part 'block07/mlp' to keep in float; there are: "):
-        export(model, tmp_path / "none.tflite", keep_float=["block07/mlp"], **options)
+    assert {row["part"] for row in free["sensitivity"]} == parts | {"stem", "head"}
+    noise = [row["decibels"] for row in free["sensitivity"]]
+    assert noise == sorted(noise) and free["kept"] == []
+    assert free["comparison"]["agreement"] < 1
+    held = files(max_drop=0)
+    assert held["comparison"]["agreement"] == 1 and 0 < len(held["kept"]) <= len(parts) + 2
+    assert files(keep_float=["block00/mlp"])["kept"] == ["block00/mlp"]
+    with pytest.raises(conversion.Refused, match="no part 'block07/mlp' to keep in float; there "):
+        files(keep_float=["block07/mlp"])
+    options = dict(photos=photos, calibration=photos[:8], quantize="int8-static")
+    with pytest.raises(RuntimeError, match="agreement is .* of 60 photos; 100.00% was asked"):
+        export(model, tmp_path / "out" / "none.tflite", min_agreement=1, **options)
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.conversion
@@ -280,7 +321,7 @@ def test_bisection_finds_the_smallest_file(tmp_path, monkeypatch):
     """Parts whose quantisation loses points: those, and no others, are kept."""
     rows = [quantize.Sensitivity(part, 100, noise, 1.0) for part, noise in zip("abcdef", range(6))]
     monkeypatch.setattr(quantize, "quantize", lambda path, kind, keep, calibration: keep)
-    for harmful in ("", "a", "abc", "abcdef"):
+    for harmful in ("a", "abc", "abcdef"):
 
         def drop(kept, harmful=harmful):
             return len(set(harmful) - set(kept))
@@ -340,9 +381,10 @@ def test_folders_replace_each_other_whoever_comes_first(tmp_path):
 
 @pytest.mark.conversion
 def test_photos_that_cannot_be_read_are_named(signs, tmp_path, monkeypatch, capsys):
-    for label in range(10):
-        write_photos(tmp_path / "photos" / str(label), [f"{i}.png" for i in range(5)])
-    (tmp_path / "photos" / "3" / "bad.png").write_text("no image")
+    for part in ("train", "validation"):
+        for label in range(10):
+            write_photos(tmp_path / "photos" / part / str(label), ["0.png", "1.png"])
+    (tmp_path / "photos" / "validation" / "3" / "bad.png").write_text("no image")
     data = f"folder:{tmp_path / 'photos'}"
     run(monkeypatch, "export", signs, tmp_path / "model.tflite", "--photos", data)
     told = capsys.readouterr().out
