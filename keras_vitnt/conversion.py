@@ -164,8 +164,10 @@ class Worker:
         """The float32 LiteRT file that all others are made of; it must be exact itself."""
         say("Converting to LiteRT")
         write_litert(self.model, whole, self.job)
+        name = "The float32 LiteRT file"
+        self.refuse(name, gate.structure(whole)["faults"])
         self.exact = self.compare(whole)
-        self.refuse("The float32 LiteRT file", gate.faults(self.exact))
+        self.refuse(name, gate.faults(self.exact))
 
     def quantized(self, whole, path, kind):
         """Write a quantised file; (parts kept in float, sensitivity)."""

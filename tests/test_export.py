@@ -31,7 +31,9 @@ def numbers(path, photos, preprocessing):
     return model(photos if dtype == "uint8" else images.normalize(photos, preprocessing))
 
 
-@pytest.mark.parametrize("case", ["timm_tnt", "timm_deit_distilled"])
+@pytest.mark.parametrize(
+    "case", ["timm_tnt", pytest.param("timm_deit_distilled", marks=pytest.mark.conversion)]
+)
 def test_every_backend_writes_the_references_numbers(case, tmp_path):
     """timm's weights and logits: whichever backend exports, the file has them."""
     builder, options = CASES[case]
@@ -199,12 +201,13 @@ def test_the_gate_finds_planted_faults_of_structure(tmp_path):
     assert found["faults"] == [] and found["partitions"] == 2
 
 
+@pytest.mark.conversion
 def test_the_gate_finds_a_wrong_weight(tmp_path):
     """The file of one model against the numbers of another, which differs in one bias."""
     model = settle(models.ViT(**VIT))
-    report = export(model, tmp_path / "model.tflite")
     photos, plain = real_photos((8, 12, 3)), images.Preprocessing((8, 12))
-    outputs = numbers(report.path, photos, plain)
+    (report,) = converted(model, [None], tmp_path, photos)
+    outputs = numbers(report["path"], photos, plain)
     x = images.normalize(photos, plain)
     assert gate.faults(gate.compare(outputs, numpy(forward(model, x)))) == []
     bias = model.get_layer("block00").mlp.fc2.bias
