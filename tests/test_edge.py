@@ -33,6 +33,9 @@ def test_the_lean_graph_computes_the_same(case):
     np.testing.assert_allclose(from_pixels(tf.constant(pixels)), expected, **close)
 
 
+QUICK = ("vit-map-factorized", "vit-fc_norm-registers", "deit_pre_logits", "tnt", "tnt-legacy")
+
+
 def product():
     """Every family, layout, pooling and position option with each other: (builder, options)."""
     for positions in ("learned", "sincos2d", "factorized2d", "none"):
@@ -48,8 +51,11 @@ def product():
 @pytest.mark.parametrize(
     "builder, options",
     [
-        *(pytest.param(*case, id=name) for name, case in CASES.items()),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in product()),
+        *(pytest.param(*CASES[name], id=name) for name in QUICK),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [*(CASES[name] for name in CASES if name not in QUICK), *product()]
+        ),
     ],
 )
 def test_every_option_passes_the_gate(builder, options, tmp_path):

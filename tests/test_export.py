@@ -112,17 +112,30 @@ def test_every_format_quantisation_and_input(tmp_path):
     assert opened.count_params() == model.count_params()
 
 
-def test_another_image_size(tmp_path):
+@pytest.fixture
+def passed_on(monkeypatch):
+    """What `export` would convert: a list of [model, options]."""
+    found = []
+
+    def instead(model, targets, graph, **options):
+        found.append((model, options))
+        return [None]
+
+    monkeypatch.setattr(sys.modules["keras_vitnt.export"], "export_all", instead)
+    return found
+
+
+def test_another_image_size(tmp_path, passed_on):
     model = settle(models.ViT(**VIT))
     new = resized(model, (16, 12))
     assert new.input_shape == (None, 16, 12, 3)
     same = resized(new, (16, 12))
     assert same is new
-    report = export(model, tmp_path / "model.tflite", image_size=(16, 12))
-    photos = real_photos((16, 12, 3))
-    plain = images.Preprocessing((16, 12))
-    expected = numpy(forward(new, images.normalize(photos, plain)))
-    np.testing.assert_allclose(numbers(report.path, photos, plain), expected, atol=1e-5)
+    export(model, tmp_path / "model.tflite", image_size=(16, 12))
+    ((given, options),) = passed_on
+    assert options["preprocessing"] == images.Preprocessing((16, 12))
+    x = images.normalize(real_photos((16, 12, 3)), options["preprocessing"])
+    np.testing.assert_allclose(numpy(forward(given, x)), numpy(forward(new, x)), atol=1e-5)
     with pytest.raises(ValueError, match="image_size 15 x 12 cannot be cut"):
         export(model, tmp_path / "other.tflite", image_size=(15, 12))
 
@@ -382,19 +395,24 @@ def test_folders_replace_each_other_whoever_comes_first(tmp_path):
     assert sorted(os.listdir(target)) == ["a", "b"]
 
 
-@pytest.mark.conversion
-def test_photos_that_cannot_be_read_are_named(signs, tmp_path, monkeypatch, capsys):
+def test_photos_come_from_a_data_set_and_faults_are_named(signs, tmp_path, passed_on, capsys):
     for part in ("train", "validation"):
         for label in range(10):
             write_photos(tmp_path / "photos" / part / str(label), ["0.png", "1.png"])
     (tmp_path / "photos" / "validation" / "3" / "bad.png").write_text("no image")
     data = f"folder:{tmp_path / 'photos'}"
-    run(monkeypatch, "export", signs, tmp_path / "model.tflite", "--photos", data)
+    export(signs, tmp_path / "model.tflite", "int8-static", photos=data)
     told = capsys.readouterr().out
     assert "Left out 1 photos" in told and "bad.png" in told
+    options = passed_on[-1][1]
+    assert options["photos"].shape == options["calibration"].shape == (20, 32, 32, 3)
+    assert options["labels"].tolist() == [label for label in range(10) for _ in range(2)]
 
     record = json.loads((signs / "metrics.json").read_text())
     (signs / "metrics.json").write_text(json.dumps(dict(record, data="folder:moved")))
-    run(monkeypatch, "export", signs, tmp_path / "other.tflite")
+    export(signs, tmp_path / "other.tflite")
     told = capsys.readouterr().out
     assert "no folder at moved" in told and "embedded photos instead" in told
+    assert passed_on[-1][1]["photos"] is None
+    with pytest.raises(FileNotFoundError, match="no folder at elsewhere"):
+        export(signs, tmp_path / "other.tflite", photos="folder:elsewhere")
