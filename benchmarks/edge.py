@@ -7,7 +7,7 @@ All have the same weights (timm's, random) and are checked on the same photo fir
 1e-3 of the largest logit, the others by the cosine of their logits. They take turns in this
 process, in another order each round, and each timed call follows an untimed one: some runtimes'
 threads go on spinning for a while after a call and would slow down the next. Medians count; the
-fastest fifth of the calls (their slowest) says more of small differences where neighbours are loud.
+20th percentile ("fastest fifth") says more of small differences on a machine with loud neighbours.
 `--rewrites` undoes each rewrite of the lean graph alone instead.
 """
 
@@ -140,20 +140,20 @@ def undone():
         | {"normed": by_squared_difference},
         "norms' scale and shift folded": {
             "after_norm": not_folded,
-            "blind_to_mean": lambda kernel, bias: (kernel, bias),
+            "blind_to_mean": lambda kernel: kernel,
             "normed": with_scale,
             "normed_words": lambda x, norm: with_scale(central(x), norm),
         },
         "attention scale in the query": {
             "scaled": lambda query, size: query,
             "scores": scale_apart,
-            "few": lambda rows: False,  # whose queries are of another size than a head
+            "few_queries": lambda rows: False,  # whose queries are of another size than a head
         },
         "words' mean taken off by the reader": {
             "normed_words": lambda x, norm: normed(central(x), norm)
         },
         "words' products turned": {"mixed_words": edge.mixed},
-        "last block: no keys and values": {"few": lambda rows: False},
+        "last block: no keys and values": {"few_queries": lambda rows: False},
         "the same, and all rows": {"rows_read": lambda layers: None},
     }
 

@@ -131,9 +131,9 @@ def after_norm(norm, kernel, bias):
     return gamma[:, None] * kernel, shift if bias is None else bias + shift
 
 
-def blind_to_mean(kernel, bias):
-    """A dense layer's numbers for which the mean of its input does not matter."""
-    return kernel - kernel.mean(axis=0), bias
+def blind_to_mean(kernel):
+    """A dense layer's weights for which the mean of its input does not matter."""
+    return kernel - kernel.mean(axis=0)
 
 
 def dense(kernel, bias=None):
@@ -164,7 +164,7 @@ def normed(x, norm):
 
 
 def normed_words(x, norm):
-    """As `normed`, of rows whose mean the reader takes off: it is `blind_to_mean`."""
+    """As `normed`, of rows whose mean the weights of the reader, `blind_to_mean`, take off."""
     import tensorflow as tf
 
     mean = tf.reduce_mean(x, -1, keepdims=True)
@@ -200,7 +200,7 @@ def mixed_words(s, v):
     return tf.transpose(y, (2, 0, 1) if len(y.shape) == 3 else (0, 3, 1, 2))
 
 
-def few(rows):
+def few_queries(rows):
     """Whether so few rows attend that the weights of keys and values are better taken to them."""
     return rows is not None
 
@@ -291,8 +291,7 @@ def attention(layer, norm, scale, groups, words):
     """
     heads = layer.num_heads
     kernel, bias = after_norm(norm, *dense_numbers(layer.qkv))
-    if words:
-        kernel, bias = blind_to_mean(kernel, bias)
+    kernel = blind_to_mean(kernel) if words else kernel
     width = kernel.shape[1] // 3
     size = width // heads
     kernels, biases = np.split(kernel, 3, axis=1), np.split(bias, 3)
@@ -315,10 +314,10 @@ def attention(layer, norm, scale, groups, words):
             return tf.transpose(tf.reshape(y, (*group, -1, heads, size)), order)
 
         x = normed_words(x, norm) if words else normed(x, norm)
-        first = query(leading(x, rows, groups))
-        if few(rows):
-            return proj(attend_with_weights(first, x, rows))
-        s = scores(split(first, order), split(key(x), order))
+        q = query(leading(x, rows, groups))
+        if few_queries(rows):
+            return proj(attend_with_weights(q, x, rows))
+        s = scores(split(q, order), split(key(x), order))
         return proj(tf.reshape(mix(s, split(value(x), turned)), (-1, width)))
 
     def attend_with_weights(q, x, rows):
@@ -345,7 +344,7 @@ def writer(kernel, bias, scale, words):
 def mlp(layer, norm, scale, words):
     """The MLP of rows (rows, D) -> (rows, D); see `attention`."""
     kernel, bias = after_norm(norm, *dense_numbers(layer.fc1))
-    first = dense(*(blind_to_mean(kernel, bias) if words else (kernel, bias)))
+    first = dense(blind_to_mean(kernel) if words else kernel, bias)
     second = writer(*dense_numbers(layer.fc2), scale, words)
     activate = gelu(layer)
 

@@ -93,9 +93,8 @@ def export(
         >>> export(model, "model_int8.tflite", quantize="int8").comparison.agreement
         1.0
     """
-    check_targets(
-        {Path(path): quantize},
-        graph,
+    targets = {Path(path): quantize}
+    job = dict(
         batch_size=batch_size,
         input=input,
         min_agreement=min_agreement,
@@ -103,6 +102,7 @@ def export(
         keep_float=keep_float,
         sensitivity=sensitivity,
     )
+    check_targets(targets, graph, **job)
     source = sources.Source(preprocessing, names)
     if not isinstance(model, keras.Model):
         model, source = sources.open_keras_model(model, image_size)
@@ -130,20 +130,15 @@ def export(
                 print(f"Left out {len(found[3])} photos that cannot be read: {', '.join(found[3])}")
     return export_all(
         model,
-        {path: quantize},
+        targets,
         graph,
-        batch_size=batch_size,
-        input=input,
         preprocessing=source.preprocessing,
         names=source.names,
         photos=photos,
         labels=labels,
         calibration=calibration,
-        min_agreement=min_agreement,
-        max_drop=max_drop,
-        keep_float=keep_float,
-        sensitivity=sensitivity,
         check_labels=True,
+        **job,
     )[0]
 
 
@@ -153,14 +148,17 @@ def export_all(
     graph="lean",
     *,
     preprocessing=None,
+    names=None,
     photos=None,
     labels=None,
     calibration=None,
+    check_labels=False,
     **job,
 ):
     """Several exports of one model in one conversion process: {path: quantize} -> [`Report`].
 
-    The other arguments are those of `export`.
+    The other arguments are those of `export`; `check_labels` refuses a model whose classes are
+    taken for one another, which what has just been trained on these labels need not pass.
     """
     from rich.console import Console
 
@@ -190,6 +188,7 @@ def export_all(
             for folder, (path, kind) in zip(folders, targets.items())
         ]
         job |= {"graph": graph, "files": files, "preprocessing": preprocessing}
+        job |= {"names": names, "check_labels": check_labels}
         (work / "job.json").write_text(json.dumps(job))
         with Console(stderr=True).status("Starting TensorFlow") as status:
             convert(work, status.update)
@@ -201,7 +200,7 @@ def export_all(
             put_in_place(Path(found["path"]), path)
             beside = path.with_name(f"{path.name}.json")
             new = Path(found["path"]).with_name(beside.name)
-            new.write_text(record(report, preprocessing, job.get("names")))
+            new.write_text(record(report, preprocessing, names))
             put_in_place(new, beside)
             reports.append(report)
     return reports
@@ -225,7 +224,6 @@ def check_targets(
     max_drop=None,
     keep_float=None,
     sensitivity=False,
-    **others,
 ):
     """Refuse what fits no model before anything slow, or written, begins."""
     if graph not in ("lean", "plain"):
