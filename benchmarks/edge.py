@@ -140,9 +140,8 @@ def undone():
         | {"normed": by_squared_difference},
         "norms' scale and shift folded": {
             "after_norm": not_folded,
-            "blind_to_mean": lambda kernel: kernel,
             "normed": with_scale,
-            "normed_words": lambda x, norm: with_scale(central(x), norm),
+            "normed_uncentred": lambda x, norm: with_scale(central(x), norm),
         },
         "attention scale in the query": {
             "scaled": lambda query, size: query,
@@ -150,7 +149,7 @@ def undone():
             "few_queries": lambda rows: False,  # whose queries are of another size than a head
         },
         "words' mean taken off by the reader": {
-            "normed_words": lambda x, norm: normed(central(x), norm)
+            "normed_uncentred": lambda x, norm: normed(central(x), norm)
         },
         "words' products turned": {"mixed_words": edge.mixed},
         "last block: no keys and values": {"few_queries": lambda rows: False},

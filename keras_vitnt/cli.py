@@ -80,7 +80,7 @@ def parser():
     new.add_argument(
         "--weights", help="checkpoint or hf:OWNER/NAME to start from; its head may be another's"
     )
-    new.add_argument("--epochs", type=positive, default=28, help="default: %(default)s")
+    new.add_argument("--epochs", type=positive, default=36, help="default: %(default)s")
     new.add_argument(
         "--image-size", type=image_size, help="SIDE or HEIGHTxWIDTH (default: the model's, or 32)"
     )

@@ -6,9 +6,9 @@ is rewritten, exactly up to rounding:
 * token streams of rank 2 (B * T, D): a dense layer is one FULLY_CONNECTED;
 * every writer to the patch stream is centred (its mean over the width is subtracted from its
   weights), so that a LayerNorm needs no mean: x * rsqrt(mean(x * x) + epsilon); TNT's words keep
-  their means, because the fold's norm reads the words of a patch together: the layer that reads
-  them takes the mean off, by weights whose columns sum to zero;
-* a norm's scale and shift are folded into the dense layer that reads it;
+  their means, because the fold's norm reads the words of a patch together;
+* a norm's scale and shift are folded into the dense layer that reads it, whose columns then sum to
+  zero, which takes a mean off that is still there;
 * the attention scale is folded into the queries, layer scale into the layer before it;
 * the last block computes only the rows that the head reads, and keys and values of none: q K' =
   (q Wk') x';
@@ -124,16 +124,13 @@ def dense_numbers(layer):
 
 
 def after_norm(norm, kernel, bias):
-    """A dense layer that reads `normed`: the norm's scale and shift are folded in."""
+    """A dense layer that reads a norm: its scale, shift and subtraction of the mean folded in."""
     count = len(kernel) // norm.gamma.shape[0]  # of normed vectors that the layer reads at once
     gamma, beta = np.tile(number(norm.gamma), count), np.tile(number(norm.beta), count)
     shift = beta @ kernel
-    return gamma[:, None] * kernel, shift if bias is None else bias + shift
-
-
-def blind_to_mean(kernel):
-    """A dense layer's weights for which the mean of its input does not matter."""
-    return kernel - kernel.mean(axis=0)
+    vectors = (gamma[:, None] * kernel).reshape(count, -1, kernel.shape[1])
+    vectors = vectors - vectors.mean(axis=1, keepdims=True)
+    return vectors.reshape(kernel.shape), shift if bias is None else bias + shift
 
 
 def dense(kernel, bias=None):
@@ -163,8 +160,8 @@ def normed(x, norm):
     return x * tf.math.rsqrt(tf.reduce_mean(tf.square(x), -1, keepdims=True) + norm.epsilon)
 
 
-def normed_words(x, norm):
-    """As `normed`, of rows whose mean the weights of the reader, `blind_to_mean`, take off."""
+def normed_uncentred(x, norm):
+    """As `normed`, of rows with a mean, which the weights of the reader take off."""
     import tensorflow as tf
 
     mean = tf.reduce_mean(x, -1, keepdims=True)
@@ -291,7 +288,6 @@ def attention(layer, norm, scale, groups, words):
     """
     heads = layer.num_heads
     kernel, bias = after_norm(norm, *dense_numbers(layer.qkv))
-    kernel = blind_to_mean(kernel) if words else kernel
     width = kernel.shape[1] // 3
     size = width // heads
     kernels, biases = np.split(kernel, 3, axis=1), np.split(bias, 3)
@@ -313,7 +309,7 @@ def attention(layer, norm, scale, groups, words):
         def split(y, order):
             return tf.transpose(tf.reshape(y, (*group, -1, heads, size)), order)
 
-        x = normed_words(x, norm) if words else normed(x, norm)
+        x = (normed_uncentred if words else normed)(x, norm)
         q = query(leading(x, rows, groups))
         if few_queries(rows):
             return proj(attend_with_weights(q, x, rows))
@@ -343,13 +339,12 @@ def writer(kernel, bias, scale, words):
 
 def mlp(layer, norm, scale, words):
     """The MLP of rows (rows, D) -> (rows, D); see `attention`."""
-    kernel, bias = after_norm(norm, *dense_numbers(layer.fc1))
-    first = dense(blind_to_mean(kernel) if words else kernel, bias)
+    first = dense(*after_norm(norm, *dense_numbers(layer.fc1)))
     second = writer(*dense_numbers(layer.fc2), scale, words)
     activate = gelu(layer)
 
     def call(x):
-        return second(activate(first(normed_words(x, norm) if words else normed(x, norm))))
+        return second(activate(first((normed_uncentred if words else normed)(x, norm))))
 
     return call
 
@@ -438,9 +433,9 @@ def folding(fold):
         import tensorflow as tf
 
         if legacy:
-            words = normed(central(tf.reshape(x, (-1, x.shape[1] // count))), fold.norm1)
+            words = normed_uncentred(tf.reshape(x, (-1, x.shape[1] // count)), fold.norm1)
             return proj(tf.reshape(words, x.shape))
-        y = normed(proj(normed(central(x), fold.norm1)), fold.norm2)
+        y = normed(proj(normed_uncentred(x, fold.norm1)), fold.norm2)
         return central(y * scale) + shift
 
     return call
@@ -555,6 +550,6 @@ def attention_pooling(pool, batch_size):
         scores = tf.nn.softmax(scores)[:, :, None]
         y = tf.linalg.matmul(scores, split(value(x), (0, 2, 3, 1)), transpose_b=True)
         pooled = proj(tf.reshape(y, (batch_size, width)))
-        return pooled + second(activate(first(normed(central(pooled), pool.norm))))
+        return pooled + second(activate(first(normed_uncentred(pooled, pool.norm))))
 
     return call

@@ -100,20 +100,82 @@ def quantize(path, kind, keep=(), only=None, calibration=None):
         samples = [{"images": images} for images in calibration]
         ranges = tool.calibrate({"serving_default": samples})
     found = tool.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
-    return shared(bytes(found.quantized_model))
+    stem = "stem" not in keep and only in (None, "stem")
+    return compact(bytes(found.quantized_model), kind if stem else None)
 
 
-def shared(content):
-    """The same LiteRT file with equal vectors and options written once: bytes.
+def compact(content, kind=None):
+    """The same LiteRT file in fewer bytes.
 
-    Zero points, shapes and options repeat at every operator; in a small network they are a tenth
+    Equal vectors and options are written once: zero points, shapes and options repeat at every
+    operator. A tensor between operators has its part's name. In a small network that is an eighth
     of the file.
+
+    Args:
+        content: bytes of the file.
+        kind: how the stem's table of positions is narrowed, see `narrowed`; None not at all.
     """
-    import flatbuffers
     from ai_edge_litert.tools import flatbuffer_utils
 
     if len(content) > 1 << 30:  # a flatbuffer ends at 2 GiB, and here nothing would show
         return content
+    model = flatbuffer_utils.read_model_from_bytearray(content)
+    (graph,) = model.subgraphs
+    if kind:
+        narrowed(model, graph, kind)
+    outside = {*graph.inputs, *graph.outputs}
+    for i, tensor in enumerate(graph.tensors):
+        if i not in outside:
+            part = re.search(PARTS, tensor.name.decode())
+            tensor.name = part.group() if part else "head"
+    return packed(model, graph)
+
+
+def narrowed(model, graph, kind):
+    """Make the stem's table of positions int8, a scale for each row, or, with "fp16", float16.
+
+    A DEQUANTIZE comes before the operator that adds it; XNNPACK carries it out once, on opening.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+
+    codes = [code.builtinCode for code in model.operatorCodes]
+    added = [
+        (adding, i)
+        for adding in graph.operators
+        if codes[adding.opcodeIndex] == schema.BuiltinOperator.ADD
+        for i in adding.inputs
+    ]
+    for adding, i in added:
+        table = graph.tensors[i]
+        buffer = model.buffers[table.buffer]
+        if buffer.data is None or len(table.shape) != 2 or table.shape[0] == 1:
+            continue
+        numbers = np.frombuffer(bytes(buffer.data), "float32").reshape(table.shape)
+        small, code, operator = schema.TensorT(), schema.OperatorCodeT(), schema.OperatorT()
+        small.name, small.shape, small.buffer = table.name, table.shape, table.buffer
+        if kind == "fp16":
+            small.type = schema.TensorType.FLOAT16
+            numbers = numbers.astype("float16")
+        else:
+            small.type = schema.TensorType.INT8
+            scale = np.maximum(np.abs(numbers).max(axis=1), 1e-30) / 127
+            numbers = np.round(numbers / scale[:, None]).astype("int8")
+            small.quantization = schema.QuantizationParametersT()
+            small.quantization.scale, small.quantization.zeroPoint = scale, np.zeros(len(scale))
+        buffer.data = numbers.tobytes()
+        table.buffer = 0  # that of tensors which are computed
+        code.builtinCode = code.deprecatedBuiltinCode = schema.BuiltinOperator.DEQUANTIZE
+        code.version = 5  # the first with a scale for each row
+        operator.opcodeIndex = len(model.operatorCodes)
+        operator.inputs, operator.outputs = [len(graph.tensors)], [i]
+        model.operatorCodes.append(code)
+        graph.tensors.append(small)
+        graph.operators.insert(graph.operators.index(adding), operator)
+
+
+def packed(model, graph):
+    """A model's flatbuffer with equal vectors, strings and options written once: bytes."""
+    import flatbuffers
 
     class Builder(flatbuffers.Builder):
         def CreateNumpyVector(self, x):
@@ -123,6 +185,11 @@ def shared(content):
                     self.Prep(16, x.nbytes)
                 known[key] = super().CreateNumpyVector(x)
             return known[key]
+
+        def CreateString(self, s, *how):
+            if s not in known:
+                known[s] = super().CreateString(s, *how)
+            return known[s]
 
     class Once(NamedTuple):
         options: object
@@ -134,25 +201,23 @@ def shared(content):
             return known[key]
 
     known = {}
-    model = flatbuffer_utils.read_model_from_bytearray(content)
     for buffer in model.buffers:
         if buffer.data is not None:
             buffer.data = np.frombuffer(bytes(buffer.data), "uint8")
-    for graph in model.subgraphs:
-        for tensor in graph.tensors:
-            tensor.shape = np.array(tensor.shape, "int32")
-            numbers = tensor.quantization
-            if numbers is not None and numbers.scale is not None:
-                numbers.scale = np.array(numbers.scale, "float32")
-                numbers.zeroPoint = np.array(numbers.zeroPoint, "int64")
-            else:
-                tensor.quantization = None
-        for operator in graph.operators:
-            operator.inputs = np.array(operator.inputs, "int32")
-            operator.outputs = np.array(operator.outputs, "int32")
-            if operator.builtinOptions is not None:
-                operator.builtinOptions = Once(operator.builtinOptions)
-    builder = Builder(len(content))
+    for tensor in graph.tensors:
+        tensor.shape = np.array(tensor.shape, "int32")
+        numbers = tensor.quantization
+        if numbers is not None and numbers.scale is not None:
+            numbers.scale = np.array(numbers.scale, "float32")
+            numbers.zeroPoint = np.array(numbers.zeroPoint, "int64")
+        else:
+            tensor.quantization = None
+    for operator in graph.operators:
+        operator.inputs = np.array(operator.inputs, "int32")
+        operator.outputs = np.array(operator.outputs, "int32")
+        if operator.builtinOptions is not None:
+            operator.builtinOptions = Once(operator.builtinOptions)
+    builder = Builder(1 << 20)
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
 
@@ -165,7 +230,7 @@ def sensitivity(path, kind, evaluate, calibration=None, progress=lambda text: No
         evaluate: function of a LiteRT file's bytes -> its logits (photos, classes).
         progress: called with a line before each part.
     """
-    whole = shared(path.read_bytes())
+    whole = compact(path.read_bytes())
     expected = evaluate(whole)
     rows = []
     names = parts(path)

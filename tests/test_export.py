@@ -333,6 +333,44 @@ def test_max_drop_keeps_the_fewest_harmful_parts(tmp_path):
 
 
 @pytest.mark.conversion
+@pytest.mark.parametrize("kind", [None, "fp16", "int8"])
+def test_a_compact_file_rounds_positions_and_nothing_else(kind, tmp_path, monkeypatch):
+    """With XNNPACK and with the kernels of other builds."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    def rounded(table):
+        if kind == "fp16":
+            return table.astype("float16").astype("float32")
+        step = np.abs(table).max(axis=1, keepdims=True) / 127
+        return np.round(table / step) * step if kind else table
+
+    model = settle(models.TNT(**TNT))
+    job = {"graph": "lean", "batch_size": 2, "preprocessing": [(8, 12), [0.5] * 3, [0.5] * 3]}
+    conversion.write_litert(model, tmp_path / "whole", job)
+    content = quantize.compact((tmp_path / "whole").read_bytes(), kind)
+    (tmp_path / "compact").write_bytes(content)
+    assert len(content) < (tmp_path / "whole").stat().st_size
+    table = edge.table
+    monkeypatch.setattr(edge, "table", lambda *options: rounded(table(*options)))
+    conversion.write_litert(model, tmp_path / "rounded", job)
+    x = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype("float32")
+
+    def outputs(name, kernels):
+        opened = Interpreter(str(tmp_path / name), experimental_op_resolver_type=kernels)
+        opened.allocate_tensors()
+        opened.set_tensor(opened.get_input_details()[0]["index"], x)
+        opened.invoke()
+        return opened.get_tensor(opened.get_output_details()[0]["index"])
+
+    expected = outputs("rounded", OpResolverType.AUTO)
+    for kernels in (OpResolverType.AUTO, OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES):
+        found = outputs("compact", kernels)
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    shift = np.abs(outputs("whole", OpResolverType.AUTO) - expected).max()
+    assert (shift > 1e-5) == bool(kind)
+
+
+@pytest.mark.conversion
 def test_bisection_finds_the_smallest_file(tmp_path, monkeypatch):
     """Parts whose quantisation loses points: those, and no others, are kept."""
     rows = [quantize.Sensitivity(part, 100, noise, 1.0) for part, noise in zip("abcdef", range(6))]
