@@ -141,7 +141,7 @@ def undone():
         "norms' scale and shift folded": {
             "after_norm": not_folded,
             "normed": with_scale,
-            "normed_uncentred": lambda x, norm: with_scale(central(x), norm),
+            "normed_words": lambda x, norm: with_scale(central(x), norm),
         },
         "attention scale in the query": {
             "scaled": lambda query, size: query,
@@ -149,7 +149,7 @@ def undone():
             "few_queries": lambda rows: False,  # whose queries are of another size than a head
         },
         "words' mean taken off by the reader": {
-            "normed_uncentred": lambda x, norm: normed(central(x), norm)
+            "normed_words": lambda x, norm: normed(central(x), norm)
         },
         "words' products turned": {"mixed_words": edge.mixed},
         "last block: no keys and values": {"few_queries": lambda rows: False},

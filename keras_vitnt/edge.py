@@ -7,8 +7,8 @@ is rewritten, exactly up to rounding:
 * every writer to the patch stream is centred (its mean over the width is subtracted from its
   weights), so that a LayerNorm needs no mean: x * rsqrt(mean(x * x) + epsilon); TNT's words keep
   their means, because the fold's norm reads the words of a patch together;
-* a norm's scale and shift are folded into the dense layer that reads it, whose columns then sum to
-  zero, which takes a mean off that is still there;
+* a norm's scale and shift are folded into the dense layer that reads it, and each of its columns'
+  mean is taken off, which takes off the mean of what it reads;
 * the attention scale is folded into the queries, layer scale into the layer before it;
 * the last block computes only the rows that the head reads, and keys and values of none: q K' =
   (q Wk') x';
@@ -160,7 +160,7 @@ def normed(x, norm):
     return x * tf.math.rsqrt(tf.reduce_mean(tf.square(x), -1, keepdims=True) + norm.epsilon)
 
 
-def normed_uncentred(x, norm):
+def normed_words(x, norm):
     """As `normed`, of rows with a mean, which the weights of the reader take off."""
     import tensorflow as tf
 
@@ -266,15 +266,14 @@ def vit_stem(layers, batch_size, pixels):
     mean, factor = normalization(pixels, kernel.shape[2])
     kernel = factor[:, None] * kernel
     filters = constant(kernel)
-    added = table(encoder, width)
+    bias = constant(bias - np.einsum("hwcd,c->d", kernel, mean))
     prefix = encoder.num_prefix_tokens
-    added[prefix:] += bias - np.einsum("hwcd,c->d", kernel, mean)
-    added = constant(added)
+    added = constant(table(encoder, width))
 
     def stem(images):
         import tensorflow as tf
 
-        x = tf.nn.conv2d(images, filters, side, "VALID")  # (B, rows, columns, D)
+        x = tf.nn.conv2d(images, filters, side, "VALID") + bias  # (B, rows, columns, D)
         return (with_prefix(tf.reshape(x, (-1, width)), prefix, batch_size, added),)
 
     return stem
@@ -309,7 +308,7 @@ def attention(layer, norm, scale, groups, words):
         def split(y, order):
             return tf.transpose(tf.reshape(y, (*group, -1, heads, size)), order)
 
-        x = (normed_uncentred if words else normed)(x, norm)
+        x = normed_words(x, norm) if words else normed(x, norm)
         q = query(leading(x, rows, groups))
         if few_queries(rows):
             return proj(attend_with_weights(q, x, rows))
@@ -344,7 +343,7 @@ def mlp(layer, norm, scale, words):
     activate = gelu(layer)
 
     def call(x):
-        return second(activate(first((normed_uncentred if words else normed)(x, norm))))
+        return second(activate(first(normed_words(x, norm) if words else normed(x, norm))))
 
     return call
 
@@ -433,9 +432,9 @@ def folding(fold):
         import tensorflow as tf
 
         if legacy:
-            words = normed_uncentred(tf.reshape(x, (-1, x.shape[1] // count)), fold.norm1)
+            words = normed(central(tf.reshape(x, (-1, x.shape[1] // count))), fold.norm1)
             return proj(tf.reshape(words, x.shape))
-        y = normed(proj(normed_uncentred(x, fold.norm1)), fold.norm2)
+        y = normed(proj(normed(central(x), fold.norm1)), fold.norm2)
         return central(y * scale) + shift
 
     return call
@@ -550,6 +549,6 @@ def attention_pooling(pool, batch_size):
         scores = tf.nn.softmax(scores)[:, :, None]
         y = tf.linalg.matmul(scores, split(value(x), (0, 2, 3, 1)), transpose_b=True)
         pooled = proj(tf.reshape(y, (batch_size, width)))
-        return pooled + second(activate(first(normed_uncentred(pooled, pool.norm))))
+        return pooled + second(activate(first(normed(central(pooled), pool.norm))))
 
     return call

@@ -13,7 +13,7 @@ from .edge import PARTS
 KINDS = ("fp16", "int8", "int8-static")
 # TNT's inner layers are too narrow for int8 kernels to pay: they stay float where they are few.
 INNER = r"block\d+/inner"
-FEW = 0.01  # of the weights; in a published TNT 0.0035, in "Nano" 0.05
+FEW = 0.01  # of the weights; in a published TNT 0.0035, in "Nano" 0.025
 
 
 class Sensitivity(NamedTuple):
@@ -108,33 +108,33 @@ def compact(content, kind=None):
     """The same LiteRT file in fewer bytes.
 
     Equal vectors and options are written once: zero points, shapes and options repeat at every
-    operator. A tensor between operators has its part's name. In a small network that is an eighth
-    of the file.
+    operator. In a lean graph the tensors of a part share its name. In a small network that is an
+    eighth of the file.
 
     Args:
         content: bytes of the file.
-        kind: how the stem's table of positions is narrowed, see `narrowed`; None not at all.
+        kind: how a lean graph's table of positions is narrowed, see `narrowed`; None not at all.
     """
     from ai_edge_litert.tools import flatbuffer_utils
 
     if len(content) > 1 << 30:  # a flatbuffer ends at 2 GiB, and here nothing would show
         return content
     model = flatbuffer_utils.read_model_from_bytearray(content)
-    (graph,) = model.subgraphs
     if kind:
-        narrowed(model, graph, kind)
-    outside = {*graph.inputs, *graph.outputs}
-    for i, tensor in enumerate(graph.tensors):
-        if i not in outside:
-            part = re.search(PARTS, tensor.name.decode())
-            tensor.name = part.group() if part else "head"
-    return packed(model, graph)
+        narrowed(model, model.subgraphs[0], kind)
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            part = re.match(rf"({PARTS})/", tensor.name.decode())
+            if part:
+                tensor.name = part.group(1)
+    return packed(model)
 
 
 def narrowed(model, graph, kind):
-    """Make the stem's table of positions int8, a scale for each row, or, with "fp16", float16.
+    """Make the table of positions int8, a scale for each row, or, with "fp16", float16.
 
-    A DEQUANTIZE comes before the operator that adds it; XNNPACK carries it out once, on opening.
+    It is what the stem of a lean graph adds. A DEQUANTIZE comes before the operator that does so;
+    XNNPACK carries it out once, on opening.
     """
     from ai_edge_litert import schema_py_generated as schema
 
@@ -148,7 +148,8 @@ def narrowed(model, graph, kind):
     for adding, i in added:
         table = graph.tensors[i]
         buffer = model.buffers[table.buffer]
-        if buffer.data is None or len(table.shape) != 2 or table.shape[0] == 1:
+        rows = table.shape[0] if len(table.shape) == 2 else 1
+        if not table.name.startswith(b"stem/") or buffer.data is None or rows == 1:
             continue
         numbers = np.frombuffer(bytes(buffer.data), "float32").reshape(table.shape)
         small, code, operator = schema.TensorT(), schema.OperatorCodeT(), schema.OperatorT()
@@ -165,7 +166,7 @@ def narrowed(model, graph, kind):
         buffer.data = numbers.tobytes()
         table.buffer = 0  # that of tensors which are computed
         code.builtinCode = code.deprecatedBuiltinCode = schema.BuiltinOperator.DEQUANTIZE
-        code.version = 5  # the first with a scale for each row
+        code.version = 3 if kind == "fp16" else 5  # the first with a scale for each row
         operator.opcodeIndex = len(model.operatorCodes)
         operator.inputs, operator.outputs = [len(graph.tensors)], [i]
         model.operatorCodes.append(code)
@@ -173,7 +174,7 @@ def narrowed(model, graph, kind):
         graph.operators.insert(graph.operators.index(adding), operator)
 
 
-def packed(model, graph):
+def packed(model):
     """A model's flatbuffer with equal vectors, strings and options written once: bytes."""
     import flatbuffers
 
@@ -204,19 +205,20 @@ def packed(model, graph):
     for buffer in model.buffers:
         if buffer.data is not None:
             buffer.data = np.frombuffer(bytes(buffer.data), "uint8")
-    for tensor in graph.tensors:
-        tensor.shape = np.array(tensor.shape, "int32")
-        numbers = tensor.quantization
-        if numbers is not None and numbers.scale is not None:
-            numbers.scale = np.array(numbers.scale, "float32")
-            numbers.zeroPoint = np.array(numbers.zeroPoint, "int64")
-        else:
-            tensor.quantization = None
-    for operator in graph.operators:
-        operator.inputs = np.array(operator.inputs, "int32")
-        operator.outputs = np.array(operator.outputs, "int32")
-        if operator.builtinOptions is not None:
-            operator.builtinOptions = Once(operator.builtinOptions)
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            tensor.shape = np.array(tensor.shape, "int32")
+            numbers = tensor.quantization
+            if numbers is not None and numbers.scale is not None:
+                numbers.scale = np.array(numbers.scale, "float32")
+                numbers.zeroPoint = np.array(numbers.zeroPoint, "int64")
+            else:
+                tensor.quantization = None
+        for operator in graph.operators:
+            operator.inputs = np.array(operator.inputs, "int32")
+            operator.outputs = np.array(operator.outputs, "int32")
+            if operator.builtinOptions is not None:
+                operator.builtinOptions = Once(operator.builtinOptions)
     builder = Builder(1 << 20)
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())

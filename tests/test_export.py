@@ -282,6 +282,7 @@ def test_a_run_is_exported_on_its_own_photos(signs, tmp_path, monkeypatch, capsy
     run(monkeypatch, "export", signs, target, "--quantize", "int8", "--min-agreement", 0.99)
     told = capsys.readouterr().out
     assert "1 XNNPACK partition;" in told and "Accuracy change:" in told
+    assert round(target.stat().st_size / (SIGNS / "model.tflite").stat().st_size, 2) <= 0.27
     found = json.loads((tmp_path / "signs.tflite.json").read_text())["comparison"]
     assert found["photos"] == 411 and found["agreement"] >= 0.99
     assert found["keras_accuracy"] - found["accuracy"] <= 0.003
@@ -368,6 +369,22 @@ def test_a_compact_file_rounds_positions_and_nothing_else(kind, tmp_path, monkey
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     shift = np.abs(outputs("whole", OpResolverType.AUTO) - expected).max()
     assert (shift > 1e-5) == bool(kind)
+
+
+@pytest.mark.conversion
+def test_positions_are_narrowed_with_the_stem_of_a_lean_graph(tmp_path):
+    model = settle(models.ViT(**VIT))
+    job = {"batch_size": 1, "preprocessing": [(8, 12), [0.5] * 3, [0.5] * 3]}
+    for graph in ("lean", "plain"):
+        conversion.write_litert(model, tmp_path / graph, job | {"graph": graph})
+
+    def dequantized(graph, **how):
+        (tmp_path / "int8").write_bytes(quantize.quantize(tmp_path / graph, "int8", **how))
+        return gate.structure(tmp_path / "int8")["operators"].get("DEQUANTIZE", 0)
+
+    assert dequantized("lean") == dequantized("lean", only="stem") == 1
+    assert dequantized("lean", keep=["stem"]) == dequantized("lean", only="head") == 0
+    assert dequantized("plain") == 0
 
 
 @pytest.mark.conversion
