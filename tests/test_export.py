@@ -409,7 +409,7 @@ def test_an_interrupted_export_leaves_nothing(signs, tmp_path):
         [sys.executable, "-m", "keras_vitnt", "export", signs, folder / "saved_model"],
         stderr=subprocess.PIPE,
         text=True,
-        # Tests in a shell's background inherit that it is ignored.
+        # Tests that run in a shell's background inherit that Ctrl-C is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while not list(folder.glob(".export-*/saved_model/saved_model.pb")):
