@@ -103,7 +103,7 @@ def undone():
     """{rewrite: replacements in `edge` that undo it}."""
     import tensorflow as tf
 
-    normed, central = edge.normed, edge.central
+    normed, central, scores, of_words = edge.normed, edge.central, edge.scores, edge.scores_of_words
     apart = []
 
     def with_mean(x, norm):
@@ -146,11 +146,13 @@ def undone():
         "attention scale in the query": {
             "scaled": lambda query, size: query,
             "scores": scale_apart,
+            "scores_of_words": lambda q, k, largest: of_words(q * q.shape[-1] ** -0.5, k, largest),
             "few_queries": lambda rows: False,  # whose queries are of another size than a head
         },
         "words' mean taken off by the reader": {
             "normed_words": lambda x, norm: normed(central(x), norm)
         },
+        "words' exponentials for softmax": {"scores_of_words": lambda q, k, largest: scores(q, k)},
         "words' products turned": {"mixed_words": edge.mixed},
         "last block: no keys and values": {"few_queries": lambda rows: False},
         "the same, and all rows": {"rows_read": lambda layers: None},

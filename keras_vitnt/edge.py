@@ -12,6 +12,7 @@ is rewritten, exactly up to rounding:
 * the attention scale is folded into the queries, layer scale into the layer before it;
 * the last block computes only the rows that the head reads, and keys and values of none: q K' =
   (q Wk') x';
+* words' attention is exponentials by their sums, where the weights prove that none overflows;
 * prefix tokens and positions are one constant; the pooling query is a constant;
 * uint8 pixels are normalised by the weights of the patch projection.
 
@@ -181,6 +182,38 @@ def scores(q, k):
     return tf.nn.softmax(tf.linalg.matmul(q, k, transpose_b=True))
 
 
+SUMS = "sums"  # names the operators that quantisation leaves alone
+LARGEST = 60.0  # a score whose exponential, and a sum of such, is far from float32's ends
+
+
+def largest_score(query, bias, key, heads):
+    """What no score exceeds, from the numbers of scaled queries and keys of normed rows.
+
+    A row n without its mean has |n|**2 <= c; its score is n A n' + b n', with A = Wq Wk' and
+    b = bq Wk' of each head.
+    """
+    query, key = (np.stack(np.split(part, heads, axis=1)) for part in (query, key))  # (h, c, d)
+    turned = key.transpose(0, 2, 1)
+    products = np.linalg.norm(query @ turned, 2, axis=(1, 2))
+    shifts = np.linalg.norm(bias.reshape(heads, 1, -1) @ turned, axis=(1, 2))
+    width = query.shape[1]
+    return (width * products + width**0.5 * shifts).max()
+
+
+def scores_of_words(q, k, largest):
+    """As `scores`; softmax would spend its time on starting each of so many short rows."""
+    import tensorflow as tf
+
+    if largest > LARGEST:
+        return scores(q, k)
+    e = tf.exp(tf.linalg.matmul(q, k, transpose_b=True))
+    words = e.shape[-1]
+    rows = tf.reshape(e, (-1, words))
+    with tf.name_scope(SUMS):
+        sums = tf.linalg.matmul(rows, np.ones((words, words), "float32"))
+    return tf.reshape(rows / sums, e.shape)
+
+
 def mixed(s, v):
     """Scores (..., h, T, T) and turned values (..., h, d, T) -> (..., T, h, d)."""
     import tensorflow as tf
@@ -290,7 +323,8 @@ def attention(layer, norm, scale, groups, words):
     width = kernel.shape[1] // 3
     size = width // heads
     kernels, biases = np.split(kernel, 3, axis=1), np.split(bias, 3)
-    query = dense(*scaled((kernels[0], biases[0]), size))
+    scaled_query = scaled((kernels[0], biases[0]), size)
+    query = dense(*scaled_query)
     # A key's bias adds the same to all scores of a query, which softmax cancels.
     key, key_turned = dense(kernels[1]), dense(kernels[1].T)
     value = dense(kernels[2])
@@ -300,7 +334,7 @@ def attention(layer, norm, scale, groups, words):
     own = constant(np.repeat(np.eye(heads), size, axis=1))  # (h, width): each head's columns
     group = () if groups == 1 else (groups,)
     order, turned = ((1, 0, 2), (1, 2, 0)) if groups == 1 else ((0, 2, 1, 3), (0, 2, 3, 1))
-    mix = mixed_words if words else mixed
+    largest = largest_score(*scaled_query, kernels[1], heads) if words else None
 
     def call(x, rows=None):
         import tensorflow as tf
@@ -312,8 +346,9 @@ def attention(layer, norm, scale, groups, words):
         q = query(leading(x, rows, groups))
         if few_queries(rows):
             return proj(attend_with_weights(q, x, rows))
-        s = scores(split(q, order), split(key(x), order))
-        return proj(tf.reshape(mix(s, split(value(x), turned)), (-1, width)))
+        q, k, v = split(q, order), split(key(x), order), split(value(x), turned)
+        y = mixed_words(scores_of_words(q, k, largest), v) if words else mixed(scores(q, k), v)
+        return proj(tf.reshape(y, (-1, width)))
 
     def attend_with_weights(q, x, rows):
         """Each head's query takes the keys' weights to the tokens, and the values' weights back."""

@@ -33,6 +33,42 @@ def test_the_lean_graph_computes_the_same(case):
     np.testing.assert_allclose(from_pixels(tf.constant(pixels)), expected, **close)
 
 
+def test_no_score_is_larger_than_what_decides_for_exponentials():
+    """Of rows of length sqrt(c); those along the products' first singular vectors reach it."""
+    random = np.random.default_rng(0)
+    query, key = random.normal(size=(2, 12, 6))
+    bias = random.normal(size=6)
+    rows = random.normal(size=(1000, 12))
+    rows *= np.sqrt(12 / np.square(rows).sum(1, keepdims=True))
+    largest = edge.largest_score(query, bias, key, 2)
+    for head in (slice(0, 3), slice(3, 6)):
+        left, _, right = np.linalg.svd(query[:, head] @ key[:, head].T)
+        extreme = np.sqrt(12) * np.array([left[:, 0], right[0]])
+        exact = (extreme[0] @ query[:, head]) @ (extreme[1] @ key[:, head])
+        assert exact <= edge.largest_score(query, 0 * bias, key, 2) + 1e-9
+        one_head = edge.largest_score(query[:, head], np.zeros(3), key[:, head], 1)
+        np.testing.assert_allclose(exact, one_head)
+        products = (rows @ query[:, head] + bias[head]) @ (rows @ key[:, head]).T
+        assert 0.3 * largest < np.abs(products).max() <= largest
+
+
+@pytest.mark.parametrize("factor, operation", [(1, "Exp"), (100, "Softmax")])
+def test_words_share_by_exponentials_where_those_are_small(factor, operation):
+    import tensorflow as tf
+
+    model = settle(models.TNT(**TNT))
+    for i in range(2):
+        qkv = model.get_layer(f"block{i:02d}").inner.attention.qkv
+        qkv.kernel.assign(factor * numpy(qkv.kernel))
+    x = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype("float32")
+    expected = numpy(forward(model, x))
+    lean = tf.function(edge.lean(model, 2), input_signature=[tf.TensorSpec(x.shape)])
+    operations = lean.get_concrete_function().graph.get_operations()
+    inner = [o for o in operations if "/inner/" in o.name and o.type in ("Exp", "Softmax")]
+    assert {o.type for o in inner} == {operation} and len(inner) == 2
+    np.testing.assert_allclose(lean(x), expected, atol=1e-4 * max(1, np.abs(expected).max()))
+
+
 QUICK = ("vit-map-factorized", "vit-fc_norm-registers", "deit_pre_logits", "tnt", "tnt-legacy")
 
 
