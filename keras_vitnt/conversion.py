@@ -28,8 +28,9 @@ class Report(NamedTuple):
         bytes: its size.
         structure: of a LiteRT file, see `gate.structure`; else an empty dict.
         comparison: a `gate.Comparison`; None for a `.keras` file.
-        milliseconds: median of one call of the file; None for a `.keras` file.
-        float_milliseconds: of the float32 file beside a quantised one, in turns with it.
+        milliseconds: median of one call of the file, in turns with those written at the same time;
+            None for a `.keras` file.
+        float_milliseconds: of the float32 file that a quantised one was made of, in the same turns.
         kept: parts that stayed float though the others were quantised.
         sensitivity: list of `quantize.Sensitivity`, if it was asked for.
     """
@@ -137,6 +138,7 @@ class Worker:
         self.labels = arrays.get("labels")
         self.preprocessing = images.Preprocessing(*job["preprocessing"])
         self.calibration = arrays.get("calibration")
+        self.runs = {}  # each file that was compared, open
         say(f"Running Keras on {len(self.pixels)} photos")
         x = images.normalize(self.pixels, self.preprocessing)
         self.expected = model.predict(x, batch_size=16, verbose=0)
@@ -153,7 +155,7 @@ class Worker:
         return images.normalize(pixels, self.preprocessing)
 
     def compare(self, path):
-        run = gate.open_model(path)[0]
+        self.runs[str(path)] = run = gate.open_model(path)[0]
         return gate.compare(run(self.given(self.pixels)), self.expected, self.labels)
 
     def refuse(self, name, broken):
@@ -215,7 +217,7 @@ class Worker:
     def write(self, path, kind, whole):
         """Write one file and let it pass the gate: a `Report` as a dict."""
         form, graph = format_of(path), self.job["graph"]
-        kept, rows, found, compared, times = [], [], {}, None, {}
+        kept, rows, found, compared = [], [], {}, None
         say(f"Writing {path.name}")
         if form == "keras":
             self.model.save(path)
@@ -239,11 +241,6 @@ class Worker:
             exact = form == "litert" and not kind
             compared = self.exact if exact else self.compare(path)
             self.refuse(path.name, gate.faults(compared, kind, self.job.get("min_agreement")))
-            runs = {"file": gate.open_model(path)[0]}
-            if kind:
-                runs["float"] = gate.open_model(whole)[0]
-            x = self.given(self.pixels[: self.job.get("batch_size", 1)])
-            times = gate.latencies({name: lambda run=run: run(x) for name, run in runs.items()})
         return Report(
             path=str(path),
             format=form,
@@ -254,11 +251,22 @@ class Worker:
             bytes=size_of(path),
             structure=found,
             comparison=compared and compared._asdict(),
-            milliseconds=times.get("file"),
-            float_milliseconds=times.get("float"),
+            milliseconds=None,
+            float_milliseconds=None,
             kept=kept,
             sensitivity=[row._asdict() for row in rows],
         )._asdict()
+
+    def time(self, reports, whole):
+        """Add the latencies of all files, which take turns, to their reports."""
+        say("Timing")
+        x = self.given(self.pixels[: self.job.get("batch_size", 1)])
+        times = gate.latencies({path: lambda run=run: run(x) for path, run in self.runs.items()})
+        for report in reports:
+            same = report["format"] == "litert" and not report["quantize"]  # as the whole
+            report["milliseconds"] = times.get(str(whole) if same else report["path"])
+            if report["quantize"]:
+                report["float_milliseconds"] = times[str(whole)]
 
 
 def size_of(path):
@@ -277,7 +285,9 @@ def write_all(model, job, arrays, whole):
     files = [(Path(file["path"]), file["quantize"]) for file in job["files"]]
     if any(format_of(path) == "litert" for path, _ in files):
         worker.write_whole(whole)
-    return [worker.write(path, kind, whole) for path, kind in files]
+    reports = [worker.write(path, kind, whole) for path, kind in files]
+    worker.time(reports, whole)
+    return reports
 
 
 def main(work):

@@ -253,15 +253,18 @@ def open_litert(path):
 
 
 def latencies(functions, rounds=30, seconds=4.0):
-    """Median milliseconds of each function, which take turns: {name: function} -> {name: float}."""
+    """Median milliseconds of each function, which take turns: {name: function} -> {name: float}.
+
+    A timed call follows an untimed one, because some runtimes' threads spin on after a call.
+    """
     times = {name: [] for name in functions}
     started = time.perf_counter()
-    for i in range(rounds + 1):
+    for i in range(rounds):
         for name, function in functions.items():
+            function()
             start = time.perf_counter()
             function()
-            if i:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-        if i >= 5 and time.perf_counter() - started > seconds:
+            times[name].append(time.perf_counter() - start)
+        if i >= 4 and time.perf_counter() - started > seconds:
             break
     return {name: 1e3 * float(np.median(found)) for name, found in times.items()}
