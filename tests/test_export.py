@@ -16,7 +16,7 @@ import pytest
 from helpers import CASES, REFERENCE, converted, forward, numpy, weights_file
 from test_cli import run
 from test_datasets import write_photos
-from test_models import TNT, VIT, settle
+from test_models import TNT, VIT, installed_backends, settle
 
 from keras_vitnt import conversion, edge, gate, images, load_weights, models, quantize
 from keras_vitnt.export import export, export_all, put_in_place, real_photos, resized
@@ -46,23 +46,27 @@ def test_every_backend_writes_the_references_numbers(case, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
-def test_files_from_two_backends_are_equal(tmp_path):
-    """From this backend, and in a process of its own from the next one."""
+@pytest.mark.conversion
+def test_files_from_all_backends_are_equal(tmp_path):
+    """From TensorFlow here, and from the others in processes of their own."""
     model = settle(models.TNT(**TNT))
     model.save(tmp_path / "model.keras")
     kinds = {"model.tflite": None, "int8.tflite": "int8", "saved_model": None}
-    export_all(model, {tmp_path / "here" / name: kind for name, kind in kinds.items()})
     code = "import sys, keras; from pathlib import Path; from keras_vitnt.export import *\n"
     code += "model = keras.models.load_model(sys.argv[1], compile=False)\n"
     code += f"export_all(model, {{Path(sys.argv[2], n): k for n, k in {kinds}.items()}})"
-    following = {"tensorflow": "jax", "jax": "torch", "torch": "tensorflow"}
-    environment = dict(os.environ, KERAS_BACKEND=following[keras.backend.backend()])
-    command = [sys.executable, "-c", code, tmp_path / "model.keras", tmp_path / "there"]
-    subprocess.run(command, env=environment, check=True)
+    others = installed_backends() - {"tensorflow"}
+    for backend in others:
+        command = [sys.executable, "-c", code, tmp_path / "model.keras", tmp_path / backend]
+        subprocess.run(command, env=dict(os.environ, KERAS_BACKEND=backend), check=True)
+    export_all(model, {tmp_path / "tensorflow" / name: kind for name, kind in kinds.items()})
     photos, plain = real_photos((8, 12, 3)), images.Preprocessing((8, 12))
     for name in kinds:
-        one, other = (numbers(tmp_path / p / name, photos, plain) for p in ("here", "there"))
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(1, np.abs(one).max()))
+        expected = numbers(tmp_path / "tensorflow" / name, photos, plain)
+        for backend in others:
+            found = numbers(tmp_path / backend / name, photos, plain)
+            close = 1e-5 * max(1, np.abs(expected).max())
+            np.testing.assert_allclose(found, expected, rtol=0, atol=close)
 
 
 @pytest.mark.conversion

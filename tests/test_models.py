@@ -274,9 +274,9 @@ def installed_backends():
 
 def test_features_are_maps_of_the_blocks():
     model = models.TNT(**TNT)
-    maps = models.features(model, (0, -1))(photos(2))
+    maps = forward(models.features(model, (0, -1)), photos(2))
     assert [tuple(m.shape) for m in maps] == [(2, 2, 3, 16)] * 2
-    tokens = keras.Model(model.input, model.get_layer("block01").output[1])(photos(2))
+    tokens = forward(keras.Model(model.input, model.get_layer("block01").output[1]), photos(2))
     np.testing.assert_array_equal(numpy(maps[1]).reshape(2, 6, 16), numpy(tokens)[:, 1:])
     with pytest.raises(ValueError, match="has 2 blocks"):
         models.features(model, (2,))
