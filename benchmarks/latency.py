@@ -8,15 +8,12 @@ same top-1 answer on most photos.
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import numpy as np
 
 import keras_vitnt as kv
-from keras_vitnt.gate import open_model
-
-ROUNDS = 200
+from keras_vitnt.gate import latencies, open_model
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("run", type=Path, help="run folder")
@@ -38,17 +35,12 @@ for name, (run, *_) in models.items():
     else:
         assert np.abs(logits - expected).max() <= 1e-4 * max(1, np.abs(expected).max()), name
 
-times = {name: [] for name in models}
-for i in range(ROUNDS):
-    photo = photos[i % len(photos)][None]
-    for name, (run, *_) in models.items():
-        start = time.perf_counter()
-        run(photo)
-        times[name].append(time.perf_counter() - start)
+runs = {name: lambda run=run: run(photos[:1]) for name, (run, *_) in models.items()}
+times = latencies(runs, rounds=200, seconds=600)
 
 print("| file | size | median of a photo |")
 print("| --- | ---: | ---: |")
 for file in files:
     parts = [file] if file.is_file() else [p for p in file.rglob("*") if p.is_file()]
     size = sum(part.stat().st_size for part in parts) / 1e6
-    print(f"| `{file.name}` | {size:.2f} MB | {1e3 * np.median(times[file.name]):.2f} ms |")
+    print(f"| `{file.name}` | {size:.2f} MB | {times[file.name]:.2f} ms |")

@@ -63,6 +63,9 @@ def lean(model, batch_size=1, pixels=None):
 
 # The parts of the network whose operations carry their name, as a pattern.
 PARTS = r"stem|block\d+/(?:attention|mlp|inner|fold)|head"
+# Names the sums of exponentials, whose magnitudes are too far apart for quantisation.
+SUMS = "sums"
+LARGEST = 60.0  # score: its exponential, and a sum of such, is far from the ends of float32
 
 
 def check(model):
@@ -180,10 +183,6 @@ def scores(q, k):
     import tensorflow as tf
 
     return tf.nn.softmax(tf.linalg.matmul(q, k, transpose_b=True))
-
-
-SUMS = "sums"  # names the operators that quantisation leaves alone
-LARGEST = 60.0  # a score whose exponential, and a sum of such, is far from float32's ends
 
 
 def largest_score(query, bias, key, heads):
