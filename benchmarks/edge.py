@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import keras_vitnt as kv
-from keras_vitnt import edge
+from keras_vitnt import edge, quantize
 from keras_vitnt.export import real_photos
 from keras_vitnt.gate import open_litert, structure
 
@@ -30,8 +30,8 @@ THREADS = 2
 MODELS = {"ViT-S/16": "vit_small_patch16_224", "TNT-S/16": "tnt_s_patch16_224"}
 
 
-def litert(model, path):
-    """A lean float32 LiteRT file, converted here, so that a rewrite can be undone."""
+def litert(model, path, kind=None):
+    """A lean LiteRT file, converted here, so that a rewrite can be undone."""
     import tensorflow as tf
 
     spec = tf.TensorSpec((1, *model.input_shape[1:]), tf.float32, name="images")
@@ -40,6 +40,8 @@ def litert(model, path):
         signatures = {"serving_default": run.get_concrete_function()}
         tf.saved_model.save(tf.Module(), folder, signatures)
         path.write_bytes(tf.lite.TFLiteConverter.from_saved_model(folder).convert())
+    if kind:
+        path.write_bytes(quantize.quantize(path, kind, quantize.float_by_default(path)))
     return path
 
 
@@ -103,7 +105,7 @@ def undone():
     """{rewrite: replacements in `edge` that undo it}."""
     import tensorflow as tf
 
-    normed, central, scores, of_words = edge.normed, edge.central, edge.scores, edge.scores_of_words
+    normed, central, of_words = edge.normed, edge.central, edge.scores_of_words
     apart = []
 
     def with_mean(x, norm):
@@ -132,9 +134,22 @@ def undone():
         products = tf.linalg.matmul(q, k, transpose_b=True)
         return tf.nn.softmax(products * float(q.shape[-1] ** -0.5))
 
-    as_is = {"centred": lambda kernel, bias=None: (kernel, bias), "central": lambda x: x}
+    def of_pixels(kernel, bias, stride, margin=0):
+        kernel, border = edge.constant(kernel), ((0, 0), (margin, margin), (margin, margin), (0, 0))
+
+        def call(x):
+            y = tf.nn.conv2d(tf.pad(x, border), kernel, stride, "VALID")
+            return y if bias is None else y + edge.constant(bias)
+
+        return call
+
+    as_is = {
+        "centred": lambda kernel, bias=None: (kernel, bias),
+        "central": lambda x, axes=-1: x,
+    }
     return {
         "none: the lean graph": {},
+        "pixels in squares": {"convolution": of_pixels},
         "streams centred by their writers": as_is | {"normed": with_mean},
         "the same, and mean(square) for squared difference": as_is
         | {"normed": by_squared_difference},
@@ -152,14 +167,16 @@ def undone():
         "words' mean taken off by the reader": {
             "normed_words": lambda x, norm: normed(central(x), norm)
         },
-        "words' exponentials for softmax": {"scores_of_words": lambda q, k, largest: scores(q, k)},
+        "words' exponentials for softmax": {
+            "scores_of_words": lambda q, k, largest: of_words(q, k, np.inf)
+        },
         "words' products turned": {"mixed_words": edge.mixed},
         "last block: no keys and values": {"few_queries": lambda rows: False},
         "the same, and all rows": {"rows_read": lambda layers: None},
     }
 
 
-def rewrites(model, x, folder):
+def rewrites(model, x, folder, kind):
     """The lean graph and that with each rewrite undone: {name: function of nothing}."""
     runs = {}
     for label, patches in undone().items():
@@ -167,20 +184,25 @@ def rewrites(model, x, folder):
         try:
             for key, value in patches.items():
                 setattr(edge, key, value)
-            file = litert(model, folder / f"{len(runs)}.tflite")  # open files are mapped, not read
+            # Another name each time: open files are mapped, not read.
+            file = litert(model, folder / f"{len(runs)}.tflite", kind)
         finally:
             for key, value in kept.items():
                 setattr(edge, key, value)
         assert structure(file)["faults"] == [], label
         run = open_litert(file)[0]
-        runs[label] = lambda run=run: run(x)
+        runs[f"{label}, {kind}" if kind else label] = lambda run=run: run(x)
     return runs
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40, help="default: %(default)s")
-    parser.add_argument("--rewrites", action="store_true", help="undo each rewrite alone instead")
+    parser.add_argument(
+        "--rewrites",
+        choices=["float32", "int8"],
+        help="undo each rewrite alone instead, in such files",
+    )
     parser.add_argument("--output", type=Path, help="append a JSON line for each model here")
     arguments = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -200,7 +222,8 @@ def main():
                 real_photos(model.input_shape[1:], 1), kv.images.Preprocessing((224, 224))
             )
             if arguments.rewrites:
-                runs, sizes = rewrites(model, x, folder), {}
+                kind = None if arguments.rewrites == "float32" else arguments.rewrites
+                runs, sizes = rewrites(model, x, folder, kind), {}
             else:
                 runs, sizes = ours(title, model, x, folder)
                 runs |= peers(name, theirs, x, folder)

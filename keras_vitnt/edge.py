@@ -3,7 +3,10 @@
 There every operation is a pass over memory, so the graph has as few as the arithmetic allows. What
 is rewritten, exactly up to rounding:
 
-* token streams of rank 2 (B * T, D): a dense layer is one FULLY_CONNECTED;
+* token streams of rank 2 (B * T, D), words of rank 3 (B * N, M, c), which all readers take as they
+  are: a dense layer is one FULLY_CONNECTED, and nothing is copied to change its shape;
+* pixels are brought into squares by transposing: a convolution would read each pixel apart, with
+  three channels the slowest way;
 * every writer to the patch stream is centred (its mean over the width is subtracted from its
   weights), so that a LayerNorm needs no mean: x * rsqrt(mean(x * x) + epsilon); TNT's words keep
   their means, because the fold's norm reads the words of a patch together;
@@ -138,7 +141,7 @@ def after_norm(norm, kernel, bias):
 
 
 def dense(kernel, bias=None):
-    """FULLY_CONNECTED of fixed numbers: (T, in) -> (T, out)."""
+    """FULLY_CONNECTED of fixed numbers: (..., in) -> (..., out)."""
     kernel, bias = constant(kernel), None if bias is None else constant(bias)
 
     def call(x):
@@ -150,11 +153,11 @@ def dense(kernel, bias=None):
     return call
 
 
-def central(x):
+def central(x, axes=-1):
     """Rows without their mean."""
     import tensorflow as tf
 
-    return x - tf.reduce_mean(x, -1, keepdims=True)
+    return x - tf.reduce_mean(x, axes, keepdims=True)
 
 
 def normed(x, norm):
@@ -200,17 +203,17 @@ def largest_score(query, bias, key, heads):
 
 
 def scores_of_words(q, k, largest):
-    """As `scores`; softmax would spend its time on starting each of so many short rows."""
+    """As `scores`, of turned keys (..., d, M); softmax is slow to start on so many short rows."""
     import tensorflow as tf
 
+    products = tf.linalg.matmul(q, k)
     if largest > LARGEST:
-        return scores(q, k)
-    e = tf.exp(tf.linalg.matmul(q, k, transpose_b=True))
-    words = e.shape[-1]
-    rows = tf.reshape(e, (-1, words))
+        return tf.nn.softmax(products)
+    e = tf.exp(products)
+    total = dense(np.ones((e.shape[-1], e.shape[-1])))
     with tf.name_scope(SUMS):
-        sums = tf.linalg.matmul(rows, np.ones((words, words), "float32"))
-    return tf.reshape(rows / sums, e.shape)
+        sums = total(e)
+    return e / sums
 
 
 def mixed(s, v):
@@ -263,12 +266,11 @@ def with_prefix(x, prefix, batch_size, added=None):
     """(B * N, D) -> (B * T, D): rows of zeros before those of each image; plus `added` (T, D)."""
     import tensorflow as tf
 
-    if batch_size == 1:
-        x = tf.pad(x, ((prefix, 0), (0, 0)))
-        return x if added is None else x + added
-    x = tf.reshape(x, (batch_size, -1, x.shape[-1]))
-    x = tf.pad(x, ((0, 0), (prefix, 0), (0, 0)))
-    return tf.reshape(x if added is None else x + added, (-1, x.shape[-1]))
+    width = x.shape[-1]
+    if batch_size > 1 or not prefix:  # or the converter merges a bias with what is added
+        x = tf.reshape(x, (batch_size, -1, width))
+    x = tf.pad(x, ((0, 0),) * (len(x.shape) - 2) + ((prefix, 0), (0, 0)))
+    return tf.reshape(x if added is None else x + added, (-1, width))
 
 
 def leading(x, rows, batch_size):
@@ -289,6 +291,50 @@ def normalization(pixels, channels):
     return 255 * np.asarray(mean) * ones, ones / (255 * np.asarray(std))
 
 
+def squares(x, side):
+    """(B, H, W, k) -> (B * H / side, W / side, side, side * k): the squares of each row of them."""
+    import tensorflow as tf
+
+    x = tf.reshape(x, (-1, side, x.shape[2] // side, side * x.shape[3]))
+    return tf.transpose(x, (0, 2, 1, 3))
+
+
+def convolution(kernel, bias, stride, margin=0):
+    """A convolution (B, H, W, C) -> (B, H / stride, W / stride, c) with a border of zeros.
+
+    It reads squares of `stride` x `stride` pixels; where the kernel is one of them, it is a dense
+    layer of them.
+
+    Args:
+        kernel: (size, size, C, c).
+        bias: (c,) or None.
+        margin: width of the border above and left; below and right it is as wide as needed.
+    """
+    size, _, channels, width = kernel.shape
+    before, after = -(-margin // stride), (size - 1 - margin) // stride
+    taps = before + 1 + after
+    first = before * stride - margin  # pixel of the first square that the kernel reads
+    edges = (first, taps * stride - first - size)
+    kernel = np.pad(kernel, (edges, edges, (0, 0), (0, 0)))
+    kernel = kernel.reshape(taps, stride, taps, stride, channels, width)
+    kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(taps, taps, -1, width)
+    border = ((0, 0), (before, after), (before, after), (0, 0))
+    inputs = kernel.shape[2]
+    filters, of_square = constant(kernel), dense(kernel[0, 0], bias)
+
+    def call(x):
+        import tensorflow as tf
+
+        shape = (-1, x.shape[1] // stride, x.shape[2] // stride)
+        x = squares(x, stride)
+        if taps == 1:
+            return tf.reshape(of_square(tf.reshape(x, (-1, inputs))), (*shape, width))
+        y = tf.nn.conv2d(tf.pad(tf.reshape(x, (*shape, inputs)), border), filters, 1, "VALID")
+        return y if bias is None else y + constant(bias)
+
+    return call
+
+
 def vit_stem(layers, batch_size, pixels):
     """Images -> (token stream (B * T, D),)."""
     encoder, side = layers["encoder"], layers["patches"].patch_size
@@ -297,25 +343,25 @@ def vit_stem(layers, batch_size, pixels):
     kernel = kernel.reshape(side, side, -1, width)
     mean, factor = normalization(pixels, kernel.shape[2])
     kernel = factor[:, None] * kernel
-    filters = constant(kernel)
-    bias = constant(bias - np.einsum("hwcd,c->d", kernel, mean))
+    project = convolution(kernel, bias - np.einsum("hwcd,c->d", kernel, mean), side)
     prefix = encoder.num_prefix_tokens
     added = constant(table(encoder, width))
 
     def stem(images):
         import tensorflow as tf
 
-        x = tf.nn.conv2d(images, filters, side, "VALID") + bias  # (B, rows, columns, D)
-        return (with_prefix(tf.reshape(x, (-1, width)), prefix, batch_size, added),)
+        x = tf.reshape(project(images), (-1, width))
+        return (with_prefix(x, prefix, batch_size, added),)
 
     return stem
 
 
 def attention(layer, norm, scale, groups, words):
-    """Attention of rows to rows of their own group: function of (x (rows, D)) -> (rows, D).
+    """Attention of rows to rows of their own group: function of x (rows, D) -> (rows, D).
 
-    `groups` are the images, or, with `words`, the patches whose words attend to each other. Only
-    the output for patches is centred. With `rows`, only the first of each group are computed.
+    `groups` are the images, or, with `words`, the patches whose words (N, M, c) attend to each
+    other. Only the output for patches is centred. With `rows`, only the first of each group are
+    computed.
     """
     heads = layer.num_heads
     kernel, bias = after_norm(norm, *dense_numbers(layer.qkv))
@@ -345,9 +391,11 @@ def attention(layer, norm, scale, groups, words):
         q = query(leading(x, rows, groups))
         if few_queries(rows):
             return proj(attend_with_weights(q, x, rows))
-        q, k, v = split(q, order), split(key(x), order), split(value(x), turned)
+        shape = q.shape
+        k = split(key(x), turned if words else order)
+        q, v = split(q, order), split(value(x), turned)
         y = mixed_words(scores_of_words(q, k, largest), v) if words else mixed(scores(q, k), v)
-        return proj(tf.reshape(y, (-1, width)))
+        return proj(tf.reshape(y, shape))
 
     def attend_with_weights(q, x, rows):
         """Each head's query takes the keys' weights to the tokens, and the values' weights back."""
@@ -371,7 +419,7 @@ def writer(kernel, bias, scale, words):
 
 
 def mlp(layer, norm, scale, words):
-    """The MLP of rows (rows, D) -> (rows, D); see `attention`."""
+    """The MLP of rows (..., D) -> (..., D); see `attention`."""
     first = dense(*after_norm(norm, *dense_numbers(layer.fc1)))
     second = writer(*dense_numbers(layer.fc2), scale, words)
     activate = gelu(layer)
@@ -414,17 +462,16 @@ def vit_blocks(blocks, encoder, rows, batch_size):
 
 
 def tnt_stem(layers, batch_size, normalized):
-    """Images -> (words (B * N * M, c), token stream (B * T, D))."""
+    """Images -> (words (B * N, M, c), token stream (B * T, D))."""
     pixels, encoder, fold = layers["pixels"], layers["encoder"], layers["patches"]
-    rows, columns = encoder.grid
-    side, m, width = pixels.patch_size, pixels.word_side, pixels.inner_dim
+    m, width = pixels.word_side, pixels.inner_dim
     bias = number(pixels.projection.bias)
     if pixels.positions:
         bias = bias + number(pixels.position_embedding)  # (M, c)
     kernel, stride = number(pixels.projection.kernel), pixels.projection.strides[0]
     mean, factor = normalization(normalized, kernel.shape[2])
-    filters = constant(factor[:, None] * kernel)
-    added = constant(np.broadcast_to(bias, (m * m, width)).reshape(1, -1))
+    project = convolution(factor[:, None] * kernel, None, stride, 3)
+    added = constant(np.broadcast_to(bias, (1, m * m, width)))
     to_patch = folding(fold)
     prefix = encoder.num_prefix_tokens
     start = constant(table(encoder, fold.dim))
@@ -432,32 +479,27 @@ def tnt_stem(layers, batch_size, normalized):
     def stem(images):
         import tensorflow as tf
 
-        def cut(x, size):  # (B, rows * size, columns * size, k) -> (B * N, size, size, k)
-            k = x.shape[-1]
-            x = tf.reshape(x, (-1, size, columns, size * k))
-            return tf.reshape(tf.transpose(x, (0, 2, 1, 3)), (-1, size, size, k))
+        def cut(x, side):  # into patches (B * N, side, side, k)
+            return tf.reshape(squares(x, side), (-1, side, side, x.shape[3]))
 
-        if mean.any():  # before the border, whose zeros are normalised pixels
-            images = images - constant(mean)
-        border = ((0, 0), (3, 3), (3, 3), (0, 0))
+        x = images - constant(mean) if mean.any() else images  # then zeros are mean pixels
         if pixels.layout == "official":
-            x = tf.nn.conv2d(tf.pad(cut(images, side), border), filters, stride, "VALID")
-        else:
-            x = cut(tf.nn.conv2d(tf.pad(images, border), filters, stride, "VALID"), m)
-        x = tf.reshape(x, (-1, m * m * width)) + added
-        tokens = with_prefix(to_patch(x), prefix, batch_size, start)
-        return tf.reshape(x, (-1, width)), tokens
+            x = cut(x, pixels.patch_size)
+            rest = m * stride - pixels.patch_size
+            x = tf.pad(x, ((0, 0), (0, rest), (0, rest), (0, 0))) if rest else x
+        x = project(x)
+        x = cut(x, m) if pixels.layout == "legacy" else x
+        x = tf.reshape(x, (-1, m * m, width)) + added
+        return x, with_prefix(to_patch(x), prefix, batch_size, start)
 
     return stem
 
 
 def folding(fold):
-    """`WordsToPatch` of words (N, M * c) -> (N, D), a centred writer."""
-    kernel, bias = dense_numbers(fold.proj)
-    legacy = fold.layout == "legacy"  # which norms each word apart
-    count = len(kernel) // fold.norm1.gamma.shape[0]
-    kernel, bias = after_norm(fold.norm1, kernel, bias)
+    """`WordsToPatch` of words (N, M, c) -> (N, D), a centred writer."""
+    kernel, bias = after_norm(fold.norm1, *dense_numbers(fold.proj))
     proj = dense(*centred(kernel, bias))
+    legacy = fold.layout == "legacy"  # which norms each word apart
     if not legacy:
         scale, shift = constant(number(fold.norm2.gamma)), number(fold.norm2.beta)
         shift = constant(shift - shift.mean())
@@ -465,10 +507,11 @@ def folding(fold):
     def call(x):
         import tensorflow as tf
 
+        patches = (x.shape[0], -1)
         if legacy:
-            words = normed(central(tf.reshape(x, (-1, x.shape[1] // count))), fold.norm1)
-            return proj(tf.reshape(words, x.shape))
-        y = normed(proj(normed(central(x), fold.norm1)), fold.norm2)
+            return proj(tf.reshape(normed(central(x), fold.norm1), patches))
+        x = tf.reshape(central(x, (1, 2)), patches)
+        y = normed(proj(normed(x, fold.norm1)), fold.norm2)
         return central(y * scale) + shift
 
     return call
@@ -493,8 +536,7 @@ def tnt_blocks(blocks, encoder, rows, batch_size):
                 with tf.name_scope("inner"):
                     pixels = inner(pixels)
                 with tf.name_scope("fold"):
-                    folded = fold(tf.reshape(pixels, (patches, -1)))
-                    x = x + with_prefix(folded, prefix, batch_size)
+                    x = x + with_prefix(fold(pixels), prefix, batch_size)
                 x = outer(x, rows if i == len(run) - 1 else None)
         return x
 

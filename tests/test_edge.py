@@ -33,6 +33,28 @@ def test_the_lean_graph_computes_the_same(case):
     np.testing.assert_allclose(from_pixels(tf.constant(pixels)), expected, **close)
 
 
+@pytest.mark.parametrize(
+    "patch, stride, layout",
+    [
+        (4, 1, "official"),
+        (5, 3, "official"),
+        (8, 4, "official"),
+        (6, 3, "legacy"),
+        (8, 8, "legacy"),
+    ],
+)
+def test_words_of_any_stride(patch, stride, layout):
+    import tensorflow as tf
+
+    shape = (2 * patch, 3 * patch, 3)
+    options = dict(patch_size=patch, pixel_stride=stride, layout=layout, input_shape=shape)
+    model = settle(models.TNT(**dict(TNT, **options)))
+    x = np.random.default_rng(0).normal(size=(2, *shape)).astype("float32")
+    expected = numpy(forward(model, x))
+    found = edge.lean(model, 2)(tf.constant(x))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
 def test_no_score_is_larger_than_what_decides_for_exponentials():
     """Of rows of length sqrt(c); those along the products' first singular vectors reach it."""
     random = np.random.default_rng(0)

@@ -16,7 +16,7 @@ import pytest
 from helpers import CASES, REFERENCE, converted, forward, numpy, weights_file
 from test_cli import run
 from test_datasets import write_photos
-from test_models import TNT, VIT, installed_backends, settle
+from test_models import OPTIONS, TNT, VIT, installed_backends, settle
 
 from keras_vitnt import conversion, edge, gate, images, load_weights, models, quantize
 from keras_vitnt.export import export, export_all, put_in_place, real_photos, resized
@@ -338,8 +338,11 @@ def test_max_drop_keeps_the_fewest_harmful_parts(tmp_path):
 
 
 @pytest.mark.conversion
-@pytest.mark.parametrize("kind", [None, "fp16", "int8"])
-def test_a_compact_file_rounds_positions_and_nothing_else(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "kind, case, batch",
+    [(None, "tnt", 2), ("fp16", "tnt", 2), ("int8", "tnt", 2), ("int8", "vit-avg-sincos", 1)],
+)
+def test_a_compact_file_rounds_positions_and_nothing_else(kind, case, batch, tmp_path, monkeypatch):
     """With XNNPACK and with the kernels of other builds."""
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
@@ -349,8 +352,9 @@ def test_a_compact_file_rounds_positions_and_nothing_else(kind, tmp_path, monkey
         step = np.abs(table).max(axis=1, keepdims=True) / 127
         return np.round(table / step) * step if kind else table
 
-    model = settle(models.TNT(**TNT))
-    job = {"graph": "lean", "batch_size": 2, "preprocessing": [(8, 12), [0.5] * 3, [0.5] * 3]}
+    builder, options = OPTIONS[case]
+    model = settle(builder(**options))
+    job = {"graph": "lean", "batch_size": batch, "preprocessing": [(8, 12), [0.5] * 3, [0.5] * 3]}
     conversion.write_litert(model, tmp_path / "whole", job)
     content = quantize.compact((tmp_path / "whole").read_bytes(), kind)
     (tmp_path / "compact").write_bytes(content)
@@ -358,7 +362,7 @@ def test_a_compact_file_rounds_positions_and_nothing_else(kind, tmp_path, monkey
     table = edge.table
     monkeypatch.setattr(edge, "table", lambda *options: rounded(table(*options)))
     conversion.write_litert(model, tmp_path / "rounded", job)
-    x = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype("float32")
+    x = np.random.default_rng(0).normal(size=(batch, 8, 12, 3)).astype("float32")
 
     def outputs(name, kernels):
         opened = Interpreter(str(tmp_path / name), experimental_op_resolver_type=kernels)
