@@ -8,7 +8,7 @@ All have the same weights (timm's, random) and are checked on the same photo fir
 process, in another order each round, and each timed call follows an untimed one: some runtimes'
 threads go on spinning for a while after a call and would slow down the next. Medians count; the
 20th percentile ("fastest fifth") says more of small differences on a machine with loud neighbours.
-`--rewrites` undoes each rewrite of the lean graph alone instead.
+`--rewrites float32` or `int8` undoes each rewrite of the lean graph alone instead.
 """
 
 import argparse

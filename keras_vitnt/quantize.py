@@ -110,10 +110,8 @@ def quantize(path, kind, keep=(), only=None, calibration=None):
 def compact(content, kind=None):
     """The same LiteRT file in fewer bytes.
 
-    Equal vectors and options are written once: zero points, shapes and options repeat at every
-    operator. In a lean graph the tensors of a part share its name, everywhere
-    the converter's constants theirs. In a small network that is an
-    eighth of the file.
+    Zero points, shapes, options and names that repeat at every operator are written once: in a
+    small network an eighth of the file.
 
     Args:
         content: bytes of the file.
