@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -592,6 +593,7 @@ def shapes(arguments):
 
 def main():
     arguments = parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is as Ctrl-C
     try:
         check_backend(arguments.backend)
         arguments.function(arguments)

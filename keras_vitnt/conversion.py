@@ -5,8 +5,11 @@
 """
 
 import json
+import os
 import shutil
+import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -290,12 +293,26 @@ def write_all(model, job, arrays, whole):
     return reports
 
 
+def end_with_parent():
+    """Wait for the end of the input, which is the parent's end, however it came."""
+    sys.stdin.read()
+    os._exit(1)
+
+
 def main(work):
     """The whole process, on its folder."""
     from . import tnt, vit  # noqa: F401  registers the layers that the file names
 
+    threading.Thread(target=end_with_parent, daemon=True).start()
     work = Path(work)
-    model = keras.models.load_model(work / "model.keras", compile=False)
+    try:
+        model = keras.models.load_model(work / "model.keras", compile=False)
+    except TypeError as error:
+        (work / "refused").write_text(
+            "The conversion process, which has Keras' layers and this package's, cannot open the "
+            f"model: {str(error).splitlines()[0]}"
+        )
+        raise SystemExit(1) from None
     job = json.loads((work / "job.json").read_text())
     with np.load(work / "arrays.npz") as found:
         arrays = dict(found)

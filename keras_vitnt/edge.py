@@ -5,17 +5,18 @@ is rewritten, exactly up to rounding:
 
 * token streams of rank 2 (B * T, D), words of rank 3 (B * N, M, c), which all readers take as they
   are: a dense layer is one FULLY_CONNECTED, and nothing is copied to change its shape;
-* pixels are brought into squares by transposing: a convolution would read each pixel apart, with
-  three channels the slowest way;
+* pixels are brought into squares by transposing: a convolution would read pixel by pixel, which is
+  slowest with three channels;
 * every writer to the patch stream is centred (its mean over the width is subtracted from its
   weights), so that a LayerNorm needs no mean: x * rsqrt(mean(x * x) + epsilon); TNT's words keep
   their means, because the fold's norm reads the words of a patch together;
-* a norm's scale and shift are folded into the dense layer that reads it, and each of its columns'
-  mean is taken off, which takes off the mean of what it reads;
+* a norm's scale and shift are folded into the dense layer that reads it, and the columns of that
+  are centred, which takes off the mean of what it reads;
 * the attention scale is folded into the queries, layer scale into the layer before it;
-* the last block computes only the rows that the head reads, and keys and values of none: q K' =
+* the last block computes only the rows that the head reads, and no keys and values: q K' =
   (q Wk') x';
-* words' attention is exponentials by their sums, where the weights prove that none overflows;
+* words' attention is exponentials by their sums, where the weights prove that no sum overflows,
+  not even in float16;
 * prefix tokens and positions are one constant; the pooling query is a constant;
 * uint8 pixels are normalised by the weights of the patch projection.
 
@@ -24,17 +25,21 @@ B images, T tokens, N patches, D width; M words per patch, c inner width, h head
 
 import re
 
+import keras
 import numpy as np
 from keras import ops
 
+from .tnt import PixelEmbedding, TNTBlock, WordsToPatch
+from .vit import AttentionPooling, PatchEncoder, Patches, TokenPooling, TransformerBlock
 
-def lean(model, batch_size=1, pixels=None):
+
+def lean(model, batch_size=1, mean_std=None):
     """A `ViT`, `DeiT` or `TNT` as a TensorFlow function.
 
     Args:
         model: built by those functions, float32, under any backend; its numbers are copied.
         batch_size: B.
-        pixels: None if the function gets what the model gets; (mean, std) per channel, of pixels
+        mean_std: None if the function gets what the model gets; (mean, std) per channel, of pixels
             in 0..1, if it gets uint8 pixels and shall normalise them itself.
 
     Returns:
@@ -46,8 +51,8 @@ def lean(model, batch_size=1, pixels=None):
     """
     check(model)
     layers = {layer.name: layer for layer in model.layers}
-    blocks = [layers[name] for name in sorted(layers) if name.startswith("block")]
-    stem = (tnt_stem if "pixels" in layers else vit_stem)(layers, batch_size, pixels)
+    blocks = [layer for layer in model.layers if layer.name.startswith("block")]
+    stem = (tnt_stem if "pixels" in layers else vit_stem)(layers, batch_size, mean_std)
     run = tnt_blocks if "pixels" in layers else vit_blocks
     body = run(blocks, layers["encoder"], rows_read(layers), batch_size)
     head = top(layers, batch_size)
@@ -68,7 +73,7 @@ def lean(model, batch_size=1, pixels=None):
 PARTS = r"stem|block\d+/(?:attention|mlp|inner|fold)|head"
 # Names the sums of exponentials, whose magnitudes are too far apart for quantisation.
 SUMS = "sums"
-LARGEST = 60.0  # score: its exponential, and a sum of such, is far from the ends of float32
+LARGEST_SUM = 6e4  # of exponentials: delegates for GPUs compute in float16, which ends at 65504
 
 
 def check(model):
@@ -77,32 +82,49 @@ def check(model):
     Raises:
         ValueError: if its layers are not those that `ViT`, `DeiT` and `TNT` make.
     """
-    known = r"images|patches|pixels|encoder|block\d+|norm|fc_norm|pool(_distillation)?|pre_logits"
-    known += r"|head(_distillation)?|average|predictions"
+    kinds = {
+        "images": keras.layers.InputLayer,
+        "patches": Patches | WordsToPatch,
+        "pixels": PixelEmbedding,
+        "encoder": PatchEncoder,
+        r"block\d+": TransformerBlock | TNTBlock,
+        "(fc_)?norm": keras.layers.LayerNormalization,
+        "pool(_distillation)?": TokenPooling | AttentionPooling,
+        "pre_logits|head(_distillation)?": keras.layers.Dense,
+        "average": keras.layers.Average,
+        "predictions": keras.layers.Activation,
+    }
     layers = {layer.name: layer for layer in model.layers}
-    foreign = [name for name in layers if not re.fullmatch(known, name)]
+    foreign = [
+        name
+        for name, layer in layers.items()
+        if not any(re.fullmatch(p, name) and isinstance(layer, k) for p, k in kinds.items())
+    ]
     whole = {"encoder", "block00"} <= set(layers) and {"norm", "fc_norm"} & set(layers)
-    if foreign or not whole or len(model.outputs) != 1:
+    of_vectors = {"fc_norm", "pre_logits", "head"} & set(layers)
+    if foreign or not whole or (of_vectors and "pool" not in layers):
         raise ValueError(
             f"Only a whole ViT, DeiT or TNT of this package has a lean graph; {model.name!r} has "
             f'the layers {", ".join((foreign or list(layers))[:4])}: pass graph="plain".'
         )
-    if "fc_norm" in layers and by_attention(layers["pool"]):
+    if "fc_norm" in layers and isinstance(layers["pool"], AttentionPooling):
         raise ValueError(
             'fc_norm with pooling="map" reads tokens with their means, which the lean graph drops: '
             'pass graph="plain".'
         )
+    for name, layer in layers.items():
+        usual = "tanh" if name == "pre_logits" else "linear"
+        if isinstance(layer, keras.layers.Dense) and layer.activation.__name__ != usual:
+            raise ValueError(
+                f"The lean graph has {usual} in {name}; {model.name!r} has "
+                f'{layer.activation.__name__}: pass graph="plain".'
+            )
     activation = activation_of(layers)
     if activation not in (None, "softmax", "sigmoid"):
         raise ValueError(
             f"The lean graph ends in logits, softmax or sigmoid; {model.name!r} ends in "
             f'{activation}: pass graph="plain".'
         )
-
-
-def by_attention(pool):
-    """Whether a pooling layer is an `AttentionPooling`."""
-    return not hasattr(pool, "pooling")
 
 
 def activation_of(layers):
@@ -207,7 +229,7 @@ def scores_of_words(q, k, largest):
     import tensorflow as tf
 
     products = tf.linalg.matmul(q, k)
-    if largest > LARGEST:
+    if largest + np.log(k.shape[-1]) > np.log(LARGEST_SUM):
         return tf.nn.softmax(products)
     e = tf.exp(products)
     total = dense(np.ones((e.shape[-1], e.shape[-1])))
@@ -233,7 +255,7 @@ def mixed_words(s, v):
 
 
 def few_queries(rows):
-    """Whether so few rows attend that the weights of keys and values are better taken to them."""
+    """Whether only some rows attend; then the weights of keys and values are taken to them."""
     return rows is not None
 
 
@@ -284,9 +306,9 @@ def leading(x, rows, batch_size):
     return tf.reshape(tf.reshape(x, (batch_size, -1, x.shape[-1]))[:, :rows], (-1, x.shape[-1]))
 
 
-def normalization(pixels, channels):
+def normalization(mean_std, channels):
     """(mean, factor) of float64 (C,) that make uint8 pixels a model's input; (0, 1) for None."""
-    mean, std = (0.0, 1 / 255) if pixels is None else pixels
+    mean, std = (0.0, 1 / 255) if mean_std is None else mean_std
     ones = np.ones(channels)
     return 255 * np.asarray(mean) * ones, ones / (255 * np.asarray(std))
 
@@ -335,13 +357,13 @@ def convolution(kernel, bias, stride, margin=0):
     return call
 
 
-def vit_stem(layers, batch_size, pixels):
+def vit_stem(layers, batch_size, mean_std):
     """Images -> (token stream (B * T, D),)."""
     encoder, side = layers["encoder"], layers["patches"].patch_size
     kernel, bias = centred(*dense_numbers(encoder.projection))
     width = kernel.shape[1]
     kernel = kernel.reshape(side, side, -1, width)
-    mean, factor = normalization(pixels, kernel.shape[2])
+    mean, factor = normalization(mean_std, kernel.shape[2])
     kernel = factor[:, None] * kernel
     project = convolution(kernel, bias - np.einsum("hwcd,c->d", kernel, mean), side)
     prefix = encoder.num_prefix_tokens
@@ -357,11 +379,10 @@ def vit_stem(layers, batch_size, pixels):
 
 
 def attention(layer, norm, scale, groups, words):
-    """Attention of rows to rows of their own group: function of x (rows, D) -> (rows, D).
+    """Attention within groups: function of a stream (B * T, D) or words (B * N, M, c), alike out.
 
-    `groups` are the images, or, with `words`, the patches whose words (N, M, c) attend to each
-    other. Only the output for patches is centred. With `rows`, only the first of each group are
-    computed.
+    The groups are images, or, with `words`, the patches that the words are of. Only the output for
+    patches is centred. Given `rows`, the function computes that many leading rows of each group.
     """
     heads = layer.num_heads
     kernel, bias = after_norm(norm, *dense_numbers(layer.qkv))
@@ -461,7 +482,7 @@ def vit_blocks(blocks, encoder, rows, batch_size):
     return body
 
 
-def tnt_stem(layers, batch_size, normalized):
+def tnt_stem(layers, batch_size, mean_std):
     """Images -> (words (B * N, M, c), token stream (B * T, D))."""
     pixels, encoder, fold = layers["pixels"], layers["encoder"], layers["patches"]
     m, width = pixels.word_side, pixels.inner_dim
@@ -469,12 +490,12 @@ def tnt_stem(layers, batch_size, normalized):
     if pixels.positions:
         bias = bias + number(pixels.position_embedding)  # (M, c)
     kernel, stride = number(pixels.projection.kernel), pixels.projection.strides[0]
-    mean, factor = normalization(normalized, kernel.shape[2])
+    mean, factor = normalization(mean_std, kernel.shape[2])
     project = convolution(factor[:, None] * kernel, None, stride, 3)
-    added = constant(np.broadcast_to(bias, (1, m * m, width)))
+    bias = constant(np.broadcast_to(bias, (1, m * m, width)))
     to_patch = folding(fold)
     prefix = encoder.num_prefix_tokens
-    start = constant(table(encoder, fold.dim))
+    added = constant(table(encoder, fold.dim))
 
     def stem(images):
         import tensorflow as tf
@@ -489,8 +510,8 @@ def tnt_stem(layers, batch_size, normalized):
             x = tf.pad(x, ((0, 0), (0, rest), (0, rest), (0, 0))) if rest else x
         x = project(x)
         x = cut(x, m) if pixels.layout == "legacy" else x
-        x = tf.reshape(x, (-1, m * m, width)) + added
-        return x, with_prefix(to_patch(x), prefix, batch_size, start)
+        x = tf.reshape(x, (-1, m * m, width)) + bias
+        return x, with_prefix(to_patch(x), prefix, batch_size, added)
 
     return stem
 
@@ -528,15 +549,15 @@ def tnt_blocks(blocks, encoder, rows, batch_size):
         for block in blocks
     ]
 
-    def body(pixels, x):
+    def body(words, x):
         import tensorflow as tf
 
         for i, (inner, fold, outer) in enumerate(run):
             with tf.name_scope(f"block{i:02d}"):
                 with tf.name_scope("inner"):
-                    pixels = inner(pixels)
+                    words = inner(words)
                 with tf.name_scope("fold"):
-                    x = x + with_prefix(fold(pixels), prefix, batch_size)
+                    x = x + with_prefix(fold(words), prefix, batch_size)
                 x = outer(x, rows if i == len(run) - 1 else None)
         return x
 
@@ -546,7 +567,7 @@ def tnt_blocks(blocks, encoder, rows, batch_size):
 def rows_read(layers):
     """How many leading tokens the head reads; None for all."""
     pools = [layer for name, layer in layers.items() if name.startswith("pool")]
-    if not pools or any(by_attention(pool) or pool.pooling != "token" for pool in pools):
+    if {getattr(pool, "pooling", "map") for pool in pools} != {"token"}:
         return None
     return max(pool.index for pool in pools) + 1
 
@@ -560,7 +581,7 @@ def top(layers, batch_size):
     pre_logits = dense(*dense_numbers(layers["pre_logits"])) if "pre_logits" in layers else None
     activation = activation_of(layers)
     outputs = [dense(*dense_numbers(head)) for head in heads]
-    mapped = pools and by_attention(pools[0])
+    mapped = pools and isinstance(pools[0], AttentionPooling)
     map_head = attention_pooling(pools[0], batch_size) if mapped else None
 
     def call(x):
@@ -621,9 +642,9 @@ def attention_pooling(pool, batch_size):
             y = tf.reshape(y, (batch_size, -1, heads, size))[:, prefix:]
             return tf.transpose(y, order)
 
-        scores = tf.reduce_sum(split(key(x), (0, 2, 1, 3)) * query, -1)  # (B, h, N)
-        scores = tf.nn.softmax(scores)[:, :, None]
-        y = tf.linalg.matmul(scores, split(value(x), (0, 2, 3, 1)), transpose_b=True)
+        s = tf.reduce_sum(split(key(x), (0, 2, 1, 3)) * query, -1)  # (B, h, N)
+        s = tf.nn.softmax(s)[:, :, None]
+        y = tf.linalg.matmul(s, split(value(x), (0, 2, 3, 1)), transpose_b=True)
         pooled = proj(tf.reshape(y, (batch_size, width)))
         return pooled + second(activate(first(normed(central(pooled), pool.norm))))
 

@@ -7,11 +7,14 @@ folder beside the target; a file takes its final name only after it has passed t
 
 import errno
 import json
+import operator
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack, suppress
+from numbers import Integral
 from pathlib import Path
 
 import keras
@@ -95,7 +98,7 @@ def export(
     """
     targets = {Path(path): quantize}
     job = dict(
-        batch_size=batch_size,
+        batch_size=int(batch_size) if isinstance(batch_size, Integral) else batch_size,
         input=input,
         min_agreement=min_agreement,
         max_drop=max_drop,
@@ -109,7 +112,8 @@ def export(
         source = source._replace(
             preprocessing=preprocessing or source.preprocessing, names=names or source.names
         )
-    if image_size:
+    check_model(model)
+    if image_size is not None:
         model = resized(model, image_size)
     source = source._replace(preprocessing=fitted(source.preprocessing, model))
     if isinstance(photos, str):
@@ -123,7 +127,7 @@ def export(
                 raise
             print(f"{error} The file is compared on embedded photos instead.")
         else:
-            if not isinstance(photos, np.ndarray):
+            if photos is None or isinstance(photos, str):
                 photos, labels = found[:2]
             calibration = found[2] if calibration is None else calibration
             if found[3]:
@@ -164,13 +168,14 @@ def export_all(
 
     targets = {Path(path): kind for path, kind in targets.items()}
     check_targets(targets, graph, **job)
+    check_model(model)
     if graph == "lean" and {format_of(path) for path in targets} & {"litert", "onnx"}:
         edge.check(model)
-    check_arrays(model, targets, photos, labels, calibration)
-    preprocessing = fitted(preprocessing, model)
-    if photos is None:
-        photos = real_photos(model.input_shape[1:])
     arrays = {"photos": photos, "labels": labels, "calibration": calibration}
+    arrays = {name: np.asarray(x) for name, x in arrays.items() if x is not None}
+    check_arrays(model, targets, names, **arrays)
+    preprocessing = fitted(preprocessing, model)
+    arrays.setdefault("photos", real_photos(model.input_shape[1:]))
     with ExitStack() as stack:
         folders = []
         for path in targets:
@@ -182,7 +187,7 @@ def export_all(
                 raise OSError(f"Cannot write {path}: {error.strerror}.") from error
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         copy(model, "float32").save(work / "model.keras")
-        np.savez(work / "arrays.npz", **{k: v for k, v in arrays.items() if v is not None})
+        np.savez(work / "arrays.npz", **arrays)
         files = [
             {"path": str(folder / path.name), "quantize": kind}
             for folder, (path, kind) in zip(folders, targets.items())
@@ -198,7 +203,7 @@ def export_all(
             rows = [quantize.Sensitivity(**row) for row in found["sensitivity"]]
             report = Report(**{**found, "path": path, "comparison": compared, "sensitivity": rows})
             put_in_place(Path(found["path"]), path)
-            beside = path.with_name(f"{path.name}.json")
+            beside = report_of(path)
             new = Path(found["path"]).with_name(beside.name)
             new.write_text(record(report, preprocessing, names))
             put_in_place(new, beside)
@@ -230,10 +235,20 @@ def check_targets(
         raise ValueError(f'`graph` must be "lean" or "plain"; got {graph!r}.')
     if input not in ("float", "uint8"):
         raise ValueError(f'`input` must be "float" or "uint8"; got {input!r}.')
-    if not (isinstance(batch_size, int) and batch_size > 0):
+    if not (isinstance(batch_size, Integral) and batch_size > 0):
         raise ValueError(f"`batch_size` must be a positive whole number; got {batch_size!r}.")
     if min_agreement is not None and not 0 <= min_agreement <= 1:
         raise ValueError(f"`min_agreement` is a share, 0 to 1, such as 0.99; got {min_agreement}.")
+    if max_drop is not None and not max_drop >= 0:
+        raise ValueError(f"`max_drop` is in points, 0 or more, such as 0.1; got {max_drop}.")
+    if isinstance(keep_float, str):
+        raise ValueError(f"`keep_float` is a list of parts, such as ['stem']; got {keep_float!r}.")
+    for part in keep_float or []:
+        if not re.fullmatch(edge.PARTS, part):
+            raise ValueError(
+                f"There is no part {part!r} to keep in float; parts are stem, head and, of block "
+                "00 on, block00/attention, block00/mlp, block00/inner, block00/fold."
+            )
     by_part = max_drop is not None or keep_float is not None or sensitivity
     for path, kind in targets.items():
         form = format_of(path)
@@ -246,6 +261,9 @@ def check_targets(
             raise ValueError(f"{path} is a folder of something else; it is not replaced.")
         if path.is_file() and form == "saved_model":
             raise ValueError(f"{path} is a file; a SavedModel's folder does not replace it.")
+        beside = report_of(path)
+        if beside.exists() and not is_report(beside):
+            raise ValueError(f"{beside}, where the report goes, is something else: it stays.")
         if kind not in (None, *quantize.KINDS) or (kind and form != "litert"):
             raise ValueError(
                 f"quantize={kind!r} of {path}: expected None, or one of "
@@ -262,18 +280,55 @@ def check_targets(
             )
 
 
-def check_arrays(model, targets, photos, labels, calibration):
-    """Refuse photos and labels that do not fit the model or each other."""
-    shape = model.input_shape[1:]
+def report_of(path):
+    """Where the report of a file stands."""
+    return path.with_name(f"{path.name}.json")
+
+
+def is_report(path):
+    """Whether a file is a report that an earlier export left."""
+    try:
+        return "comparison" in json.loads(path.read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def check_model(model):
+    """Refuse a model that no format takes: it must map one batch of images to one tensor."""
+    inputs, outputs = (getattr(model, name, None) or [] for name in ("inputs", "outputs"))
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise ValueError(
+            f"A built model with one input and one output can be exported; {model.name!r} has "
+            f"{len(inputs)} and {len(outputs)}."
+        )
+    shape = tuple(inputs[0].shape[1:])
+    if len(shape) != 3 or None in shape:
+        raise ValueError(
+            f"A model of images of one size (H, W, C) is expected; {model.name!r} takes {shape}."
+        )
+
+
+def check_arrays(model, targets, names, photos=None, labels=None, calibration=None):
+    """Refuse photos, labels and names that do not fit the model or each other."""
+    shape, classes = model.input_shape[1:], model.output_shape[-1]
     for name, pixels in (("photos", photos), ("calibration", calibration)):
-        if pixels is not None and (pixels.dtype != np.uint8 or pixels.shape[1:] != shape):
+        if pixels is not None and (
+            pixels.dtype != np.uint8 or pixels.shape[1:] != shape or not len(pixels)
+        ):
             raise ValueError(
-                f"`{name}` must be uint8 (P, {', '.join(map(str, shape))}); got {pixels.dtype} "
-                f"{pixels.shape}."
+                f"`{name}` must be uint8 (P, {', '.join(map(str, shape))}), one or more; got "
+                f"{pixels.dtype} {pixels.shape}."
             )
-    if labels is not None and (photos is None or len(labels) != len(photos)):
-        count = "none" if photos is None else len(photos)
-        raise ValueError(f"`labels` are of `photos`: {len(labels)} labels, photos: {count}.")
+    if labels is not None:
+        count = 0 if photos is None else len(photos)
+        whole = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
+        if not whole or len(labels) != count or labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(
+                f"`labels` are a whole number of 0 to {classes - 1} for each of `photos`; got "
+                f"{labels.dtype} {labels.shape} for {count} photos: {np.unique(labels)[:8]}."
+            )
+    if names is not None and len(names) != classes:
+        raise ValueError(f"The model has {classes} classes; got {len(names)} names.")
     if calibration is None and "int8-static" in targets.values():
         raise ValueError(
             "int8-static needs photos of the training data: pass calibration=..., or export a "
@@ -282,7 +337,7 @@ def check_arrays(model, targets, photos, labels, calibration):
 
 
 def convert(work, progress):
-    """Run the conversion process on its folder; it dies with this one."""
+    """Run the conversion process on its folder; it ends when this one does."""
     environment = dict(
         os.environ,
         KERAS_BACKEND="tensorflow",
@@ -293,7 +348,12 @@ def convert(work, progress):
     command = [sys.executable, "-c", code, str(work)]
     with open(work / "log", "w+") as log:
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
         )
         try:
             for line in process.stdout:
@@ -354,14 +414,17 @@ def copy(model, dtype=None):
 
 def resized(model, image_size):
     """A `ViT`, `DeiT` or `TNT` for other images (height, width), its positions resampled."""
+    try:
+        height, width = map(operator.index, image_size)
+    except (TypeError, ValueError):
+        raise ValueError(f"`image_size` is (height, width); got {image_size!r}.") from None
     if "encoder" not in {layer.name for layer in model.layers}:
         raise ValueError(
             f"image_size: only a ViT, DeiT or TNT of this package takes another; {model.name!r} "
             f"is for {model.input_shape[1:3]}."
         )
-    if tuple(model.input_shape[1:3]) == tuple(image_size):
+    if model.input_shape[1:3] == (height, width):
         return model
-    height, width = image_size
     config = model.get_config()
     side = next(
         item["config"]["patch_size"] for item in config["layers"] if "patch_size" in item["config"]

@@ -221,7 +221,7 @@ SCHEMES = (
     ),
     Scheme("keras_vitnt", r"^block\d+/(\w+/)*norm1/gamma$", {}, None),
 )
-ADDED_TOKENS = re.compile(r"(_token|_tokens|position_embedding)$")
+ADDED_TOKENS = re.compile(r"(_tokens?|(position|row|column)_embedding)$")
 
 
 def theirs(scheme, path):

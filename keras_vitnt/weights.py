@@ -275,6 +275,18 @@ def fit_positions(names, path, encoder, method):
     return action, (leading + encoder.num_patches, dim), change
 
 
+def fit_factor(names, path, length, method):
+    """As `fit_positions`, of the table of rows or that of columns."""
+    rows, dim = names.shape(path)
+    if rows == length:
+        return "loaded", (rows, dim), None
+
+    def change(table):
+        return positions.resize(table, (rows, 1), (length, 1), method=method)
+
+    return f"resized from {rows} to {length}", (length, dim), change
+
+
 def plan(model, names, new_head=False, adapt_channels=False, method="timm"):
     """What loading would do: (`Report`, {variable: change of its array}); see `load_weights`."""
     variables = {v.path: tuple(v.shape) for v in model.weights if "seed_generator" not in v.path}
@@ -304,6 +316,8 @@ def plan(model, names, new_head=False, adapt_channels=False, method="timm"):
             action, found, change = fit_projection(names, path, shape, channels, adapt_channels)
         elif path == "encoder/position_embedding":
             action, found, change = fit_positions(names, path, model.get_layer("encoder"), method)
+        elif path in ("encoder/row_embedding", "encoder/column_embedding"):
+            action, found, change = fit_factor(names, path, shape[0], method)
         else:
             turned = names.scheme.leaves is TORCH_LEAVES and path.endswith("/kernel")
             action = "transposed" if turned else "loaded"

@@ -39,6 +39,7 @@ def test_the_lean_graph_computes_the_same(case):
         (4, 1, "official"),
         (5, 3, "official"),
         (8, 4, "official"),
+        (4, 8, "official"),
         (6, 3, "legacy"),
         (8, 8, "legacy"),
     ],
@@ -49,10 +50,25 @@ def test_words_of_any_stride(patch, stride, layout):
     shape = (2 * patch, 3 * patch, 3)
     options = dict(patch_size=patch, pixel_stride=stride, layout=layout, input_shape=shape)
     model = settle(models.TNT(**dict(TNT, **options)))
-    x = np.random.default_rng(0).normal(size=(2, *shape)).astype("float32")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *shape), dtype="uint8")
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    x = images.normalize(pixels, images.Preprocessing(shape[:2], mean, std))
     expected = numpy(forward(model, x))
-    found = edge.lean(model, 2)(tf.constant(x))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+    close = dict(rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+    np.testing.assert_allclose(edge.lean(model, 2)(tf.constant(x)), expected, **close)
+    from_pixels = edge.lean(model, 2, (mean, std))
+    np.testing.assert_allclose(from_pixels(tf.constant(pixels)), expected, **close)
+
+
+def test_blocks_are_in_the_model_s_order():
+    """Not in that of their names: block100 comes after block99."""
+    import tensorflow as tf
+
+    model = settle(models.ViT(**dict(VIT, depth=101)))
+    x = np.random.default_rng(0).normal(size=(1, 8, 12, 3)).astype("float32")
+    expected = numpy(forward(model, x))
+    found = edge.lean(model)(tf.constant(x))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
 
 
 def test_no_score_is_larger_than_what_decides_for_exponentials():

@@ -56,6 +56,8 @@ def test_files_from_all_backends_are_equal(tmp_path):
     code += "model = keras.models.load_model(sys.argv[1], compile=False)\n"
     code += f"export_all(model, {{Path(sys.argv[2], n): k for n, k in {kinds}.items()}})"
     others = installed_backends() - {"tensorflow"}
+    if not others:
+        pytest.skip("only TensorFlow is installed")
     for backend in others:
         command = [sys.executable, "-c", code, tmp_path / "model.keras", tmp_path / backend]
         subprocess.run(command, env=dict(os.environ, KERAS_BACKEND=backend), check=True)
@@ -97,7 +99,7 @@ def test_every_format_quantisation_and_input(tmp_path):
             preprocessing=preprocessing,
             photos=photos,
             calibration=photos,
-            names=list("abcdefg"),
+            names=list("abc"),
         )
         left = {*files, *(f"{name}.json" for name in files)}
         assert {path.name for path in folder.iterdir()} == left
@@ -110,7 +112,7 @@ def test_every_format_quantisation_and_input(tmp_path):
                 assert report.structure["partitions"] == 1 or report.quantize == "int8-static"
             record = json.loads((folder / f"{report.path.name}.json").read_text())
             assert record["comparison"]["max_difference"] == report.comparison.max_difference
-            assert record["names"] == list("abcdefg") and record["bytes"] == report.bytes
+            assert record["names"] == list("abc") and record["bytes"] == report.bytes
             assert record["preprocessing"]["mean"] == [0.4, 0.5, 0.6]
     opened = keras.models.load_model(tmp_path / "float" / "model.keras", compile=False)
     assert opened.count_params() == model.count_params()
@@ -129,8 +131,9 @@ def passed_on(monkeypatch):
     return found
 
 
-def test_another_image_size(tmp_path, passed_on):
-    model = settle(models.ViT(**VIT))
+@pytest.mark.parametrize("positions", ["learned", "sincos2d", "factorized2d", "none"])
+def test_another_image_size(positions, tmp_path, passed_on):
+    model = settle(models.ViT(**VIT, positions=positions))
     new = resized(model, (16, 12))
     assert new.input_shape == (None, 16, 12, 3)
     same = resized(new, (16, 12))
@@ -140,15 +143,34 @@ def test_another_image_size(tmp_path, passed_on):
     assert options["preprocessing"] == images.Preprocessing((16, 12))
     x = images.normalize(real_photos((16, 12, 3)), options["preprocessing"])
     np.testing.assert_allclose(numpy(forward(given, x)), numpy(forward(new, x)), atol=1e-5)
-    with pytest.raises(ValueError, match="image_size 15 x 12 cannot be cut"):
-        export(model, tmp_path / "other.tflite", image_size=(15, 12))
+    for size, message in [((15, 12), "image_size 15 x 12 cannot be cut"), (16, "got 16")]:
+        with pytest.raises(ValueError, match=message):
+            export(model, tmp_path / "other.tflite", image_size=size)
 
 
 def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
     model = models.ViT(**VIT)
     by_hand = keras.Sequential([keras.Input((8, 12, 3)), keras.layers.Flatten()])
     mapped = models.ViT(**VIT, pooling="map", fc_norm=True)
+    both = keras.Model(model.input, [model.output, model.get_layer("norm").output])
+    unsized = keras.Sequential([keras.Input((None, None, 3)), keras.layers.Conv2D(4, 3)])
+    photos = np.zeros((2, 8, 12, 3), "uint8")
+    base = models.ViT(**VIT, include_top=False, pooling="token")
+    vector, tokens = base.output, models.ViT(**VIT, include_top=False)
+    named = dict(activation="softmax", name="head")
+    mean = keras.layers.GlobalAveragePooling1D(name="pool")(tokens.output)
     wrong = [
+        (both, "saved_model", {}, "one input and one output.* has 1 and 2"),
+        (keras.Sequential([keras.layers.Flatten()]), "saved_model", {}, "has 0 and 0"),
+        (unsized, "saved_model", {}, r"of one size.*\(None, None, 3\)"),
+        (keras.Model(base.input, keras.layers.Dense(5, **named)(vector)), "x.tflite", {}, "linear"),
+        (
+            keras.Model(base.input, keras.layers.Dense(5, name="predictions")(vector)),
+            "x.tflite",
+            {},
+            "the layers predictions: pass",
+        ),
+        (keras.Model(tokens.input, mean), "x.tflite", {}, "the layers pool: pass"),
         (by_hand, "x.tflite", {}, 'pass graph="plain"'),
         (model, "x.tflite", {"graph": "fast"}, "graph.*got 'fast'"),
         (model, "x.tflite", {"input": "int4"}, "input.*got 'int4'"),
@@ -158,7 +180,15 @@ def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
         (model, "x.tflite", {"max_drop": 0.1}, "of a quantised file"),
         (model, "x.tflite", {"quantize": "int8", "keep_float": [], "graph": "plain"}, "lean graph"),
         (model, "x.tflite", {"min_agreement": 99}, "a share.*got 99"),
-        (model, "x.tflite", {"labels": [0, 1]}, "2 labels, photos: none"),
+        (model, "x.tflite", {"quantize": "int8", "max_drop": -1}, "0 or more.*got -1"),
+        (model, "x.tflite", {"quantize": "int8", "keep_float": "head"}, "a list.*got 'head'"),
+        (model, "x.tflite", {"quantize": "int8", "keep_float": ["hat"]}, "no part 'hat' to keep"),
+        (model, "x.tflite", {"labels": [0, 1]}, r"got int64 \(2,\) for 0 photos"),
+        (model, "x.tflite", {"photos": photos, "labels": [0, 9]}, r"0 to 2 for each.*\[0 9\]"),
+        (model, "x.tflite", {"photos": photos, "labels": np.eye(2)}, r"got float64 \(2, 2\)"),
+        (model, "x.tflite", {"photos": photos[:0]}, r"got uint8 \(0, 8, 12, 3\)"),
+        (model, "x.tflite", {"photos": photos.tolist()}, "got int64"),
+        (model, "x.tflite", {"names": ["a", "b"]}, "3 classes; got 2 names"),
         (model, "x.keras", {"input": "uint8"}, "x.keras is Keras' own"),
         (by_hand, "x.tflite", {"graph": "plain", "image_size": (9, 9)}, "only a ViT, DeiT or TNT"),
         (mapped, "x.tflite", {}, "fc_norm with pooling.*plain"),
@@ -286,7 +316,7 @@ def test_a_run_is_exported_on_its_own_photos(signs, tmp_path, monkeypatch, capsy
     run(monkeypatch, "export", signs, target, "--quantize", "int8", "--min-agreement", 0.99)
     told = capsys.readouterr().out
     assert "1 XNNPACK partition;" in told and "Accuracy change:" in told
-    assert round(target.stat().st_size / (SIGNS / "model.tflite").stat().st_size, 2) <= 0.27
+    assert target.stat().st_size <= 0.27 * (SIGNS / "model.tflite").stat().st_size
     found = json.loads((tmp_path / "signs.tflite.json").read_text())["comparison"]
     assert found["photos"] == 411 and found["agreement"] >= 0.99
     assert found["keras_accuracy"] - found["accuracy"] <= 0.003
@@ -326,8 +356,12 @@ def test_max_drop_keeps_the_fewest_harmful_parts(tmp_path):
     noise = [row["decibels"] for row in free["sensitivity"]]
     assert noise == sorted(noise) and free["kept"] == []
     assert free["comparison"]["agreement"] < 1
-    held = files(max_drop=0)
-    assert held["comparison"]["agreement"] == 1 and 0 < len(held["kept"]) <= len(parts) + 2
+    assert files(max_drop=0)["comparison"]["agreement"] == 1
+    lost = 1 - free["comparison"]["agreement"]
+    held = files(max_drop=100 * lost / 2)
+    assert (
+        1 - held["comparison"]["agreement"] <= lost / 2 and 0 < len(held["kept"]) < len(parts) + 2
+    )
     assert files(keep_float=["block00/mlp"])["kept"] == ["block00/mlp"]
     with pytest.raises(conversion.Refused, match="no part 'block07/mlp' to keep in float; there "):
         files(keep_float=["block07/mlp"])
@@ -410,8 +444,9 @@ def test_bisection_finds_the_smallest_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.conversion
-def test_an_interrupted_export_leaves_nothing(signs, tmp_path):
-    """Ctrl-C after the files are written, and before they have passed, which takes seconds."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_an_interrupted_export_leaves_nothing(name, signs, tmp_path):
+    """After the files are written, and before they have passed, which takes seconds."""
     folder = tmp_path / "out"
     process = subprocess.Popen(
         [sys.executable, "-m", "keras_vitnt", "export", signs, folder / "saved_model"],
@@ -423,10 +458,25 @@ def test_an_interrupted_export_leaves_nothing(signs, tmp_path):
     while not list(folder.glob(".export-*/saved_model/saved_model.pb")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    listed = subprocess.check_output(["ps", "-A", "-o", "pid=,ppid="], text=True).splitlines()
+    (child,) = [int(a) for a, b in map(str.split, listed) if int(b) == process.pid]
+    process.send_signal(getattr(signal, name))
     _, told = process.communicate()
-    assert process.returncode == 1 and told.strip().endswith("keras-vitnt: stopped")
-    assert not list(folder.iterdir())
+    if name == "SIGKILL":  # which nothing can catch: hidden folders stay
+        assert not list(folder.glob("[!.]*"))
+        end = time.monotonic() + 30
+        while running(child):
+            assert time.monotonic() < end, "the conversion goes on without who started it"
+            time.sleep(0.1)
+    else:
+        assert process.returncode == 1 and told.strip().endswith("keras-vitnt: stopped")
+        assert not list(folder.iterdir()) and not running(child)
+
+
+def running(pid):
+    """Whether there is such a process, not counting one that only waits to be noticed."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return found.stdout.strip()[:1] not in ("", "Z")
 
 
 @pytest.mark.conversion
