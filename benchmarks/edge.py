@@ -105,7 +105,7 @@ def undone():
     """{rewrite: replacements in `edge` that undo it}."""
     import tensorflow as tf
 
-    normed, central, of_words = edge.normed, edge.central, edge.scores_of_words
+    normed, central, of_words = edge.normed, edge.central, edge.words_by_exponentials
     apart = []
 
     def with_mean(x, norm):
@@ -161,16 +161,13 @@ def undone():
         "attention scale in the query": {
             "scaled": lambda query, size: query,
             "scores": scale_apart,
-            "scores_of_words": lambda q, k, largest: of_words(q * q.shape[-1] ** -0.5, k, largest),
+            "words_by_exponentials": lambda k, q, v: of_words(k, q * q.shape[-2] ** -0.5, v),
             "few_queries": lambda rows: False,  # whose queries are of another size than a head
         },
         "words' mean taken off by the reader": {
             "normed_words": lambda x, norm: normed(central(x), norm)
         },
-        "words' exponentials for softmax": {
-            "scores_of_words": lambda q, k, largest: of_words(q, k, np.inf)
-        },
-        "words' products turned": {"mixed_words": edge.mixed},
+        "words' exponentials for softmax": {"LARGEST": -np.inf},
         "last block: no keys and values": {"few_queries": lambda rows: False},
         "the same, and all rows": {"rows_read": lambda layers: None},
     }

@@ -15,8 +15,8 @@ is rewritten, exactly up to rounding:
 * the attention scale is folded into the queries, layer scale into the layer before it;
 * the last block computes only the rows that the head reads, and no keys and values: q K' =
   (q Wk') x';
-* words' attention is exponentials by their sums, where the weights prove that no sum overflows,
-  not even in float16;
+* words' attention is exponentials by their sums, where the weights prove that none overflows, not
+  even in float16;
 * prefix tokens and positions are one constant; the pooling query is a constant;
 * uint8 pixels are normalised by the weights of the patch projection.
 
@@ -71,9 +71,8 @@ def lean(model, batch_size=1, mean_std=None):
 
 # The parts of the network whose operations carry their name, as a pattern.
 PARTS = r"stem|block\d+/(?:attention|mlp|inner|fold)|head"
-# Names the sums of exponentials, whose magnitudes are too far apart for quantisation.
-SUMS = "sums"
-LARGEST_SUM = 6e4  # of exponentials: delegates for GPUs compute in float16, which ends at 65504
+# Logarithm of what a sum of exponentials may reach: delegates for GPUs compute in float16.
+LARGEST = np.log(6e4)
 
 
 def check(model):
@@ -224,20 +223,6 @@ def largest_score(query, bias, key, heads):
     return (width * products + width**0.5 * shifts).max()
 
 
-def scores_of_words(q, k, largest):
-    """As `scores`, of turned keys (..., d, M); softmax is slow to start on so many short rows."""
-    import tensorflow as tf
-
-    products = tf.linalg.matmul(q, k)
-    if largest + np.log(k.shape[-1]) > np.log(LARGEST_SUM):
-        return tf.nn.softmax(products)
-    e = tf.exp(products)
-    total = dense(np.ones((e.shape[-1], e.shape[-1])))
-    with tf.name_scope(SUMS):
-        sums = total(e)
-    return e / sums
-
-
 def mixed(s, v):
     """Scores (..., h, T, T) and turned values (..., h, d, T) -> (..., T, h, d)."""
     import tensorflow as tf
@@ -246,12 +231,20 @@ def mixed(s, v):
     return tf.transpose(y, (1, 0, 2) if len(y.shape) == 3 else (0, 2, 1, 3))
 
 
-def mixed_words(s, v):
-    """As `mixed`, for d narrower than the columns that a kernel computes at once."""
+def words_by_softmax(q, k, v):
+    """Attention of queries (..., M, d) with turned keys and values (..., d, M) -> (..., d, M)."""
     import tensorflow as tf
 
-    y = tf.linalg.matmul(v, s, transpose_b=True)
-    return tf.transpose(y, (2, 0, 1) if len(y.shape) == 3 else (0, 3, 1, 2))
+    s = tf.nn.softmax(tf.linalg.matmul(q, k))
+    return tf.linalg.matmul(v, s, transpose_b=True)  # d is narrower than what a kernel computes
+
+
+def words_by_exponentials(k, q, v):
+    """The same of keys (..., M, d), turned queries and values; softmax is slow on short rows."""
+    import tensorflow as tf
+
+    e = tf.exp(tf.linalg.matmul(k, q))  # a column for each query: the next product takes it as is
+    return tf.linalg.matmul(v, e / tf.reduce_sum(e, -2, keepdims=True))
 
 
 def few_queries(rows):
@@ -400,6 +393,7 @@ def attention(layer, norm, scale, groups, words):
     own = constant(np.repeat(np.eye(heads), size, axis=1))  # (h, width): each head's columns
     group = () if groups == 1 else (groups,)
     order, turned = ((1, 0, 2), (1, 2, 0)) if groups == 1 else ((0, 2, 1, 3), (0, 2, 3, 1))
+    back = (2, 0, 1) if groups == 1 else (0, 3, 1, 2)
     largest = largest_score(*scaled_query, kernels[1], heads) if words else None
 
     def call(x, rows=None):
@@ -412,10 +406,13 @@ def attention(layer, norm, scale, groups, words):
         q = query(leading(x, rows, groups))
         if few_queries(rows):
             return proj(attend_with_weights(q, x, rows))
-        shape = q.shape
-        k = split(key(x), turned if words else order)
-        q, v = split(q, order), split(value(x), turned)
-        y = mixed_words(scores_of_words(q, k, largest), v) if words else mixed(scores(q, k), v)
+        shape, k, v = q.shape, key(x), split(value(x), turned)
+        if not words:
+            y = mixed(scores(split(q, order), split(k, order)), v)
+        elif largest + np.log(shape[-2]) <= LARGEST:
+            y = tf.transpose(words_by_exponentials(split(k, order), split(q, turned), v), back)
+        else:
+            y = tf.transpose(words_by_softmax(split(q, order), split(k, turned), v), back)
         return proj(tf.reshape(y, shape))
 
     def attend_with_weights(q, x, rows):

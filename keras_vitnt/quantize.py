@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .edge import PARTS, SUMS
+from .edge import PARTS
 
 KINDS = ("fp16", "int8", "int8-static")
 # TNT's inner layers are too narrow for int8 kernels to pay: they stay float where they are few.
@@ -43,8 +43,6 @@ def parts(path):
     for operator in interpreter._get_ops_details():
         if operator["op_name"] in ("FULLY_CONNECTED", "CONV_2D"):
             name = tensors[int(operator["outputs"][0])]["name"]
-            if f"/{SUMS}/" in name:
-                continue
             part = re.search(PARTS, name)
             # What gives the output is named after it, not after its part.
             name = part.group() if part else "head"
@@ -94,9 +92,9 @@ def quantize(path, kind, keep=(), only=None, calibration=None):
             tool.add_dynamic_config(where, operation, num_bits=8)
         else:
             tool.add_static_config(where, operation, activation_num_bits=8, weight_num_bits=8)
-        for kept in [f"/{SUMS}/", *map(pattern, keep)]:
+        for part in keep:
             tool.update_quantization_recipe(
-                kept, operation, algorithm_key=AlgorithmName.NO_QUANTIZE
+                pattern(part), operation, algorithm_key=AlgorithmName.NO_QUANTIZE
             )
     ranges = None
     if kind == "int8-static":
