@@ -236,7 +236,7 @@ def words_by_softmax(q, k, v):
     import tensorflow as tf
 
     s = tf.nn.softmax(tf.linalg.matmul(q, k))
-    return tf.linalg.matmul(v, s, transpose_b=True)  # d is narrower than what a kernel computes
+    return tf.linalg.matmul(v, s, transpose_b=True)  # not s v, whose d columns fill no kernel
 
 
 def words_by_exponentials(k, q, v):

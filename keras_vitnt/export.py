@@ -68,7 +68,8 @@ def export(
         image_size: (height, width) in place of the model's; positions are resampled.
         input: "float" for what the model takes, or "uint8" for pixels, which the file normalises.
         graph: of a `.tflite` or `.onnx`: "lean", the network rewritten for runtimes that fuse
-            nothing (see `edge`), for a `ViT`, `DeiT` or `TNT`; or "plain", as Keras exports it.
+            nothing (see `edge`), for a `ViT`, `DeiT` or `TNT`; or "plain", as Keras exports it, for
+            any model of images that is made of Keras' layers and this package's.
         preprocessing: `images.Preprocessing`; None for a model's pixels in -1..1.
         names: of the classes, for the report and messages.
         photos: uint8 (P, H, W, C) to compare on, or "embedded", "folder:PATH" or "tfds:NAME" for
@@ -175,7 +176,8 @@ def export_all(
     arrays = {name: np.asarray(x) for name, x in arrays.items() if x is not None}
     check_arrays(model, targets, names, **arrays)
     preprocessing = fitted(preprocessing, model)
-    arrays.setdefault("photos", real_photos(model.input_shape[1:]))
+    if photos is None:
+        arrays["photos"] = real_photos(model.input_shape[1:])
     with ExitStack() as stack:
         folders = []
         for path in targets:
@@ -346,15 +348,11 @@ def convert(work, progress):
     )
     code = "import sys; from keras_vitnt.conversion import main; main(sys.argv[1])"
     command = [sys.executable, "-c", code, str(work)]
-    with open(work / "log", "w+") as log:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with (
+        open(work / "log", "w") as log,
+        subprocess.Popen(command, env=environment, stderr=log, **pipes) as process,
+    ):
         try:
             for line in process.stdout:
                 if line.startswith("* "):
@@ -362,7 +360,6 @@ def convert(work, progress):
             failed = process.wait()
         finally:
             process.kill()
-            process.wait()
     refused = work / "refused"
     if refused.exists():
         raise RuntimeError(refused.read_text())

@@ -479,6 +479,20 @@ def running(pid):
     return found.stdout.strip()[:1] not in ("", "Z")
 
 
+@keras.saving.register_keras_serializable("tests")
+class Double(keras.layers.Layer):
+    def call(self, x):
+        return 2 * x
+
+
+@pytest.mark.conversion
+def test_a_layer_that_the_conversion_does_not_know_is_named(tmp_path):
+    layers = [keras.Input((8, 12, 3)), Double(), keras.layers.GlobalAveragePooling2D()]
+    with pytest.raises(RuntimeError, match="Keras' layers and this package's, cannot .* 'Double'"):
+        export(keras.Sequential(layers), tmp_path / "model.tflite", graph="plain")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.conversion
 def test_two_exports_at_once_do_not_collide(tmp_path):
     model = settle(models.ViT(**VIT))
