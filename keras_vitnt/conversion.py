@@ -6,6 +6,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -307,9 +308,12 @@ def main(work):
     try:
         model = keras.models.load_model(work / "model.keras", compile=False)
     except TypeError as error:
+        cause = re.search(r"Could not locate class '\w+'", str(error)) or re.search(
+            ".*", str(error)
+        )
         (work / "refused").write_text(
             "The conversion process, which has Keras' layers and this package's, cannot open the "
-            f"model: {str(error).splitlines()[0]}"
+            f"model: {cause.group()}."
         )
         raise SystemExit(1) from None
     job = json.loads((work / "job.json").read_text())

@@ -488,7 +488,9 @@ class Double(keras.layers.Layer):
 @pytest.mark.conversion
 def test_a_layer_that_the_conversion_does_not_know_is_named(tmp_path):
     layers = [keras.Input((8, 12, 3)), Double(), keras.layers.GlobalAveragePooling2D()]
-    with pytest.raises(RuntimeError, match="Keras' layers and this package's, cannot .* 'Double'"):
+    with pytest.raises(
+        RuntimeError, match="Keras' layers and this package's, cannot .* class 'Double'"
+    ):
         export(keras.Sequential(layers), tmp_path / "model.tflite", graph="plain")
     assert not list(tmp_path.iterdir())
 

@@ -22,7 +22,7 @@ ALLOWED = {
     "weights": {"checkpoints", "positions", "schemes"},
     "pretrained": {"checkpoints", "images", "models", "schemes", "weights"},
     "datasets": {"images"},
-    "edge": set(),
+    "edge": {"tnt", "vit"},
     "gate": {"tnt", "vit"},
     "quantize": {"edge"},
     "sources": {"checkpoints", "datasets", "gate", "images", "pretrained", "tnt", "vit"},
