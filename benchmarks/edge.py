@@ -35,7 +35,7 @@ def litert(model, path, kind=None):
     import tensorflow as tf
 
     spec = tf.TensorSpec((1, *model.input_shape[1:]), tf.float32, name="images")
-    run = tf.function(edge.lean(model), input_signature=[spec])
+    run = tf.function(edge.lean(model, panels=not kind), input_signature=[spec])
     with tempfile.TemporaryDirectory() as folder:
         signatures = {"serving_default": run.get_concrete_function()}
         tf.saved_model.save(tf.Module(), folder, signatures)
@@ -168,6 +168,10 @@ def undone():
             "normed_words": lambda x, norm: normed(central(x), norm)
         },
         "words' exponentials for softmax": {"LARGEST": -np.inf},
+        "products in panels": {
+            "heads_are_panels": lambda layer: False,
+            "panel_count": lambda layer: 1,
+        },
         "last block: no keys and values": {"few_queries": lambda rows: False},
         "the same, and all rows": {"rows_read": lambda layers: None},
     }

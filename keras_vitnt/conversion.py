@@ -53,8 +53,8 @@ class Report(NamedTuple):
     sensitivity: list
 
 
-def signature(model, job):
-    """(function of the file's input, its `tf.TensorSpec`) of the whole model."""
+def signature(model, job, panels=False):
+    """(function of the file's input, its `tf.TensorSpec`) of the whole model; see `edge.lean`."""
     import tensorflow as tf
 
     pixels = job.get("input", "float") == "uint8"
@@ -64,7 +64,7 @@ def signature(model, job):
         (size, *model.input_shape[1:]), tf.uint8 if pixels else tf.float32, name="images"
     )
     if job["graph"] == "lean":
-        return edge.lean(model, size, (mean, std) if pixels else None), spec
+        return edge.lean(model, size, (mean, std) if pixels else None, panels), spec
 
     def plain(x):
         if pixels:
@@ -75,10 +75,10 @@ def signature(model, job):
     return plain, spec
 
 
-def write_litert(model, path, job):
+def write_litert(model, path, job, panels=False):
     import tensorflow as tf
 
-    function, spec = signature(model, job)
+    function, spec = signature(model, job, panels)
     with tempfile.TemporaryDirectory() as folder:
         archive(model, function, spec, folder)
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
@@ -142,6 +142,7 @@ class Worker:
         self.preprocessing = images.Preprocessing(*job["preprocessing"])
         self.calibration = arrays.get("calibration")
         self.runs = {}  # each file that was compared, open
+        self.floats = {}
         say(f"Running Keras on {len(self.pixels)} photos")
         x = images.normalize(self.pixels, self.preprocessing)
         self.expected = model.predict(x, batch_size=16, verbose=0)
@@ -165,14 +166,29 @@ class Worker:
         if broken:
             raise Refused(f"{name} is refused: {'; '.join(broken)}.")
 
-    def write_whole(self, whole):
-        """The float32 LiteRT file that all others are made of; it must be exact itself."""
+    def write_floats(self, folder):
+        """The float32 LiteRT files of the job, `floats`: {whether quantised: (path, comparison)}.
+
+        Both are one, unless float32 has panels, which the quantizer does not know.
+        """
+        files = [file for file in self.job["files"] if format_of(file["path"]) == "litert"]
+        wanted = {bool(file["quantize"]) for file in files}
+        if self.job["graph"] == "lean" and edge.has_panels(self.model):
+            for quantised in sorted(wanted):
+                path = folder / ("dense.tflite" if quantised else "panels.tflite")
+                self.floats[quantised] = self.write_float(path, panels=not quantised)
+        elif wanted:
+            self.floats = dict.fromkeys(wanted, self.write_float(folder / "dense.tflite", False))
+
+    def write_float(self, path, panels):
+        """Write a float32 LiteRT file, which must be exact: (path, comparison)."""
         say("Converting to LiteRT")
-        write_litert(self.model, whole, self.job)
+        write_litert(self.model, path, self.job, panels)
         name = "The float32 LiteRT file"
-        self.refuse(name, gate.structure(whole)["faults"])
-        self.exact = self.compare(whole)
-        self.refuse(name, gate.faults(self.exact))
+        self.refuse(name, gate.structure(path)["faults"])
+        compared = self.compare(path)
+        self.refuse(name, gate.faults(compared))
+        return path, compared
 
     def quantized(self, whole, path, kind):
         """Write a quantised file; (parts kept in float, sensitivity)."""
@@ -217,7 +233,7 @@ class Worker:
         path.write_bytes(content)
         return keep, rows
 
-    def write(self, path, kind, whole):
+    def write(self, path, kind):
         """Write one file and let it pass the gate: a `Report` as a dict."""
         form, graph = format_of(path), self.job["graph"]
         kept, rows, found, compared = [], [], {}, None
@@ -229,9 +245,9 @@ class Worker:
         elif form == "onnx":
             write_onnx(self.model, path, self.job)
         elif kind:
-            kept, rows = self.quantized(whole, path, kind)
+            kept, rows = self.quantized(self.floats[True][0], path, kind)
         else:
-            shutil.copy(whole, path)
+            shutil.copy(self.floats[False][0], path)
         if form == "litert":
             found = gate.structure(path)
             broken = found.pop("faults")
@@ -242,7 +258,7 @@ class Worker:
         if form != "keras":
             say(f"Running {path.name} on {len(self.pixels)} photos")
             exact = form == "litert" and not kind
-            compared = self.exact if exact else self.compare(path)
+            compared = self.floats[False][1] if exact else self.compare(path)
             self.refuse(path.name, gate.faults(compared, kind, self.job.get("min_agreement")))
         return Report(
             path=str(path),
@@ -260,16 +276,17 @@ class Worker:
             sensitivity=[row._asdict() for row in rows],
         )._asdict()
 
-    def time(self, reports, whole):
+    def time(self, reports):
         """Add the latencies of all files, which take turns, to their reports."""
         say("Timing")
         x = self.given(self.pixels[: self.job.get("batch_size", 1)])
         times = gate.latencies({path: lambda run=run: run(x) for path, run in self.runs.items()})
         for report in reports:
-            same = report["format"] == "litert" and not report["quantize"]  # as the whole
-            report["milliseconds"] = times.get(str(whole) if same else report["path"])
+            copied = report["format"] == "litert" and not report["quantize"]
+            path = str(self.floats[False][0]) if copied else report["path"]
+            report["milliseconds"] = times.get(path)
             if report["quantize"]:
-                report["float_milliseconds"] = times[str(whole)]
+                report["float_milliseconds"] = times[str(self.floats[True][0])]
 
 
 def size_of(path):
@@ -282,14 +299,12 @@ def say(text):
     print(f"* {text}", flush=True)
 
 
-def write_all(model, job, arrays, whole):
-    """The job's files: a list of `Report`s as dicts. `whole`: path for the float LiteRT file."""
+def write_all(model, job, arrays, folder):
+    """The job's files: a list of `Report`s as dicts. `folder`: for what lies between them."""
     worker = Worker(model, job, arrays)
-    files = [(Path(file["path"]), file["quantize"]) for file in job["files"]]
-    if any(format_of(path) == "litert" for path, _ in files):
-        worker.write_whole(whole)
-    reports = [worker.write(path, kind, whole) for path, kind in files]
-    worker.time(reports, whole)
+    worker.write_floats(folder)
+    reports = [worker.write(Path(file["path"]), file["quantize"]) for file in job["files"]]
+    worker.time(reports)
     return reports
 
 
@@ -320,7 +335,7 @@ def main(work):
     with np.load(work / "arrays.npz") as found:
         arrays = dict(found)
     try:
-        reports = write_all(model, job, arrays, work / "whole.tflite")
+        reports = write_all(model, job, arrays, work)
     except Refused as error:
         (work / "refused").write_text(str(error))
         raise SystemExit(1) from None

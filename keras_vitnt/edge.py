@@ -13,6 +13,8 @@ is rewritten, exactly up to rounding:
 * a norm's scale and shift are folded into the dense layer that reads it, and the columns of that
   are centred, which takes off the mean of what it reads;
 * the attention scale is folded into the queries, layer scale into the layer before it;
+* in float32 a wide product is a batch of narrower ones, panels of its columns: a core keeps the
+  weights of one in its cache, and heads come apart and together without being copied;
 * the last block computes only the rows that the head reads, and no keys and values: q K' =
   (q Wk') x';
 * words' attention is exponentials by their sums, where the weights prove that none overflows, not
@@ -20,7 +22,7 @@ is rewritten, exactly up to rounding:
 * prefix tokens and positions are one constant; the pooling query is a constant;
 * uint8 pixels are normalised by the weights of the patch projection.
 
-B images, T tokens, N patches, D width; M words per patch, c inner width, h heads.
+B images, T tokens, N patches, D width; M words per patch, c inner width, h heads, d of each.
 """
 
 import re
@@ -33,7 +35,7 @@ from .tnt import PixelEmbedding, TNTBlock, WordsToPatch
 from .vit import AttentionPooling, PatchEncoder, Patches, TokenPooling, TransformerBlock
 
 
-def lean(model, batch_size=1, mean_std=None):
+def lean(model, batch_size=1, mean_std=None, panels=False):
     """A `ViT`, `DeiT` or `TNT` as a TensorFlow function.
 
     Args:
@@ -41,6 +43,8 @@ def lean(model, batch_size=1, mean_std=None):
         batch_size: B.
         mean_std: None if the function gets what the model gets; (mean, std) per channel, of pixels
             in 0..1, if it gets uint8 pixels and shall normalise them itself.
+        panels: whether wide products are batches of narrower ones. That is faster in float32, but
+            ai-edge-quantizer makes int8 of dense layers.
 
     Returns:
         Function: float32 or uint8 tensor (B, H, W, C) -> the model's output. Its operations are
@@ -54,7 +58,7 @@ def lean(model, batch_size=1, mean_std=None):
     blocks = [layer for layer in model.layers if layer.name.startswith("block")]
     stem = (tnt_stem if "pixels" in layers else vit_stem)(layers, batch_size, mean_std)
     run = tnt_blocks if "pixels" in layers else vit_blocks
-    body = run(blocks, layers["encoder"], rows_read(layers), batch_size)
+    body = run(blocks, layers["encoder"], rows_read(layers), batch_size, panels)
     head = top(layers, batch_size)
 
     def function(images):
@@ -71,6 +75,11 @@ def lean(model, batch_size=1, mean_std=None):
 
 # The parts of the network whose operations carry their name, as a pattern.
 PARTS = r"stem|block\d+/(?:attention|mlp|inner|fold)|head"
+# An MLP whose kernels have fewer weights, which a core's cache holds anyway, has no panels; others
+# have panels of at least so many columns.
+FEW, PANEL = 1 << 17, 192
+# Heads are panels if XNNPACK's widest kernel for float32, of 32 columns, computes no more of them.
+LANES = 32
 # Logarithm of what a sum of exponentials may reach: delegates for GPUs compute in float16.
 LARGEST = np.log(6e4)
 
@@ -170,6 +179,30 @@ def dense(kernel, bias=None):
 
         y = tf.linalg.matmul(x, kernel)
         return y if bias is None else y + bias
+
+    return call
+
+
+def panels_of(kernel, count):
+    """Products with the panels of a kernel's columns: (T, in) -> (count, T, out / count)."""
+    kernel = constant(np.stack(np.split(kernel, count, axis=1)))
+
+    def call(x):
+        import tensorflow as tf
+
+        return tf.linalg.matmul(x[None], kernel)
+
+    return call
+
+
+def from_panels(kernel, bias, count):
+    """The dense layer that reads such panels: (count, T, in / count) -> (T, out)."""
+    kernel, bias = constant(np.stack(np.split(kernel, count))), constant(bias)
+
+    def call(x):
+        import tensorflow as tf
+
+        return tf.reduce_sum(tf.linalg.matmul(x, kernel), 0) + bias
 
     return call
 
@@ -371,6 +404,19 @@ def vit_stem(layers, batch_size, mean_std):
     return stem
 
 
+def attention_numbers(layer, norm, scale, words):
+    """(kernel, bias) of scaled queries, the kernels of keys and values, (kernel, bias) behind them.
+
+    A key's bias adds the same to all scores of a query, which softmax cancels. A value's bias
+    passes the attention unchanged, because its scores sum to one.
+    """
+    kernel, bias = after_norm(norm, *dense_numbers(layer.qkv))
+    (query, key, value), biases = np.split(kernel, 3, axis=1), np.split(bias, 3)
+    query = scaled((query, biases[0]), len(biases[0]) // layer.num_heads)
+    kernel, bias = dense_numbers(layer.proj)
+    return query, key, value, writer(kernel, bias + biases[2] @ kernel, scale, words)
+
+
 def attention(layer, norm, scale, groups, words):
     """Attention within groups: function of a stream (B * T, D) or words (B * N, M, c), alike out.
 
@@ -378,23 +424,16 @@ def attention(layer, norm, scale, groups, words):
     patches is centred. Given `rows`, the function computes that many leading rows of each group.
     """
     heads = layer.num_heads
-    kernel, bias = after_norm(norm, *dense_numbers(layer.qkv))
-    width = kernel.shape[1] // 3
+    query_numbers, key_kernel, value_kernel, after = attention_numbers(layer, norm, scale, words)
+    width = key_kernel.shape[1]
     size = width // heads
-    kernels, biases = np.split(kernel, 3, axis=1), np.split(bias, 3)
-    scaled_query = scaled((kernels[0], biases[0]), size)
-    query = dense(*scaled_query)
-    # A key's bias adds the same to all scores of a query, which softmax cancels.
-    key, key_turned = dense(kernels[1]), dense(kernels[1].T)
-    value = dense(kernels[2])
-    # A value's bias passes the attention unchanged, because its scores sum to one.
-    kernel, bias = dense_numbers(layer.proj)
-    proj = writer(kernel, bias + biases[2] @ kernel, scale, words)
+    query, value, proj = dense(*query_numbers), dense(value_kernel), dense(*after)
+    key, key_turned = dense(key_kernel), dense(key_kernel.T)
     own = constant(np.repeat(np.eye(heads), size, axis=1))  # (h, width): each head's columns
     group = () if groups == 1 else (groups,)
     order, turned = ((1, 0, 2), (1, 2, 0)) if groups == 1 else ((0, 2, 1, 3), (0, 2, 3, 1))
     back = (2, 0, 1) if groups == 1 else (0, 3, 1, 2)
-    largest = largest_score(*scaled_query, kernels[1], heads) if words else None
+    largest = largest_score(*query_numbers, key_kernel, heads) if words else None
 
     def call(x, rows=None):
         import tensorflow as tf
@@ -429,17 +468,43 @@ def attention(layer, norm, scale, groups, words):
     return call
 
 
+def attention_in_panels(layer, norm, scale, images):
+    """As `attention` of a stream (B * T, D), with a panel for each head."""
+    heads = layer.num_heads
+    (query, bias), key, value, after = attention_numbers(layer, norm, scale, words=False)
+    bias = constant(np.stack(np.split(bias[None], heads, axis=1)))  # (h, 1, d)
+    query, key, value = (panels_of(kernel, heads) for kernel in (query, key, value))
+    proj = from_panels(*after, heads)
+    of_few = attention(layer, norm, scale, images, words=False)
+
+    def call(x, rows=None):
+        import tensorflow as tf
+
+        if few_queries(rows):
+            return of_few(x, rows)
+
+        def split(y):  # (h, B * T, d) -> (h * B, T, d)
+            return y if images == 1 else tf.reshape(y, (heads * images, -1, y.shape[-1]))
+
+        x = normed(x, norm)
+        q = query(leading(x, rows, images)) + bias
+        y = tf.linalg.matmul(scores(split(q), split(key(x))), split(value(x)))
+        return proj(tf.reshape(y, q.shape))
+
+    return call
+
+
 def writer(kernel, bias, scale, words):
-    """A dense layer whose output is added to a stream; that of patches stays centred."""
+    """A dense layer's numbers, whose output is added to a stream; that of patches stays centred."""
     if scale is not None:
         kernel, bias = kernel * number(scale.gamma), bias * number(scale.gamma)
-    return dense(kernel, bias) if words else dense(*centred(kernel, bias))
+    return (kernel, bias) if words else centred(kernel, bias)
 
 
 def mlp(layer, norm, scale, words):
     """The MLP of rows (..., D) -> (..., D); see `attention`."""
     first = dense(*after_norm(norm, *dense_numbers(layer.fc1)))
-    second = writer(*dense_numbers(layer.fc2), scale, words)
+    second = dense(*writer(*dense_numbers(layer.fc2), scale, words))
     activate = gelu(layer)
 
     def call(x):
@@ -448,11 +513,51 @@ def mlp(layer, norm, scale, words):
     return call
 
 
-def transformer_block(block, groups, words=False):
+def mlp_in_panels(layer, norm, scale):
+    """As `mlp` of a stream (T, D), with panels of the hidden layer."""
+    kernel, bias = after_norm(norm, *dense_numbers(layer.fc1))
+    count = panel_count(layer)
+    first, bias = panels_of(kernel, count), constant(np.stack(np.split(bias[None], count, axis=1)))
+    second = from_panels(*writer(*dense_numbers(layer.fc2), scale, words=False), count)
+    activate = gelu(layer)
+
+    def call(x):
+        return second(activate(first(normed(x, norm)) + bias))
+
+    return call
+
+
+def panel_count(layer):
+    """How many panels the hidden layer of an `MLP` has; 1: it stays whole."""
+    width = layer.fc1.units
+    if width * layer.fc2.units < FEW:
+        return 1
+    return next((n for n in range(width // PANEL, 1, -1) if width % n == 0), 1)
+
+
+def heads_are_panels(layer):
+    """Whether each head of an `Attention` has panels of its own."""
+    return layer.qkv.units // 3 // layer.num_heads % LANES == 0
+
+
+def has_panels(model):
+    """Whether `panels` changes a model's lean graph."""
+    blocks = [layer for layer in model.layers if layer.name.startswith("block")]
+    blocks = [getattr(block, "outer", block) for block in blocks]
+    return any(heads_are_panels(block.attention) or panel_count(block.mlp) > 1 for block in blocks)
+
+
+def transformer_block(block, groups, words=False, panels=False):
     """A `TransformerBlock` on the centred stream of patches, or on words."""
-    scales = (None, None) if block.layer_scale is None else (block.scale1, block.scale2)
-    attend = attention(block.attention, block.norm1, scales[0], groups, words)
-    feed = mlp(block.mlp, block.norm2, scales[1], words)
+    scale1, scale2 = (None, None) if block.layer_scale is None else (block.scale1, block.scale2)
+    if panels and heads_are_panels(block.attention):
+        attend = attention_in_panels(block.attention, block.norm1, scale1, groups)
+    else:
+        attend = attention(block.attention, block.norm1, scale1, groups, words)
+    if panels and panel_count(block.mlp) > 1:
+        feed = mlp_in_panels(block.mlp, block.norm2, scale2)
+    else:
+        feed = mlp(block.mlp, block.norm2, scale2, words)
 
     def call(x, rows=None):
         import tensorflow as tf
@@ -465,8 +570,8 @@ def transformer_block(block, groups, words=False):
     return call
 
 
-def vit_blocks(blocks, encoder, rows, batch_size):
-    run = [transformer_block(block, batch_size) for block in blocks]
+def vit_blocks(blocks, encoder, rows, batch_size, panels):
+    run = [transformer_block(block, batch_size, panels=panels) for block in blocks]
 
     def body(x):
         import tensorflow as tf
@@ -535,13 +640,13 @@ def folding(fold):
     return call
 
 
-def tnt_blocks(blocks, encoder, rows, batch_size):
+def tnt_blocks(blocks, encoder, rows, batch_size, panels):
     patches, prefix = batch_size * encoder.num_patches, encoder.num_prefix_tokens
     run = [
         (
             transformer_block(block.inner, patches, words=True),
             folding(block.fold),
-            transformer_block(block.outer, batch_size),
+            transformer_block(block.outer, batch_size, panels=panels),
         )
         for block in blocks
     ]

@@ -93,4 +93,4 @@ def converted(model, kinds, folder, photos, calibration=None, **job):
     job = {"graph": "lean", "preprocessing": [size, [0.5] * 3, [0.5] * 3], **job}
     job["files"] = [{"path": str(folder / f"{kind}.tflite"), "quantize": kind} for kind in kinds]
     arrays = {"photos": photos, "calibration": calibration}
-    return conversion.write_all(model, job, arrays, folder / "whole.tflite")
+    return conversion.write_all(model, job, arrays, folder)

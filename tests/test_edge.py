@@ -16,20 +16,31 @@ CASES = dict(
 )
 
 
+@pytest.fixture
+def small_panels(monkeypatch):
+    """Panels of the tests' narrow models."""
+    monkeypatch.setattr(edge, "FEW", 1)
+    monkeypatch.setattr(edge, "PANEL", 8)
+    monkeypatch.setattr(edge, "LANES", 4)
+
+
+@pytest.mark.parametrize("panels", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_the_lean_graph_computes_the_same(case):
+def test_the_lean_graph_computes_the_same(case, panels, small_panels):
     import tensorflow as tf
 
     builder, options = CASES[case]
     model = settle(builder(**options))
+    assert edge.has_panels(model)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 12, 3), dtype="uint8")
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     x = images.normalize(pixels, images.Preprocessing((8, 12), mean, std))
     expected = numpy(forward(model, x))
     close = dict(rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
-    np.testing.assert_allclose(edge.lean(model)(tf.constant(x[:1])), expected[:1], **close)
-    np.testing.assert_allclose(edge.lean(model, 3)(tf.constant(x)), expected, **close)
-    from_pixels = edge.lean(model, 3, (mean, std))
+    one = edge.lean(model, panels=panels)
+    np.testing.assert_allclose(one(tf.constant(x[:1])), expected[:1], **close)
+    np.testing.assert_allclose(edge.lean(model, 3, None, panels)(tf.constant(x)), expected, **close)
+    from_pixels = edge.lean(model, 3, (mean, std), panels)
     np.testing.assert_allclose(from_pixels(tf.constant(pixels)), expected, **close)
 
 
@@ -132,15 +143,16 @@ def product():
         ),
     ],
 )
-def test_every_option_passes_the_gate(builder, options, tmp_path):
-    """Float32, fp16 and int8 files of pixels."""
+def test_every_option_passes_the_gate(builder, options, tmp_path, small_panels):
+    """Float32, fp16 and int8 files of pixels; float32 alone has panels."""
     model = settle(builder(**options))
     kinds = {None: 1e-5, "fp16": 5e-3, "int8": 0.1}
     preprocessing = [[8, 12], [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]]
     photos = real_photos((8, 12, 3))
-    for report in converted(
-        model, kinds, tmp_path, photos, input="uint8", preprocessing=preprocessing
-    ):
+    reports = converted(model, kinds, tmp_path, photos, input="uint8", preprocessing=preprocessing)
+    layers = [report["structure"]["operators"]["FULLY_CONNECTED"] for report in reports]
+    assert layers[0] < layers[1] == layers[2]
+    for report in reports:
         found = report["comparison"]
         assert report["structure"]["partitions"] == 1
         limit = kinds[report["quantize"]] * max(1, found["largest_logit"])
