@@ -3,11 +3,13 @@
     pip install timm onnxscript onnxruntime openvino "keras-vitnt[torch]"
     KERAS_BACKEND=tensorflow python benchmarks/edge.py
 
-All have the same weights (timm's, random) and are checked on the same photo first: float32 within
-1e-3 of the largest logit, the others by the cosine of their logits. They take turns in this
-process, in another order each round, and each timed call follows an untimed one: some runtimes'
-threads go on spinning for a while after a call and would slow down the next. Medians count; the
-20th percentile ("fastest fifth") says more of small differences on a machine with loud neighbours.
+All have the same weights (timm's, random; zeros and ones, as which biases and norms begin, would
+be left out by converters, and are made random, too) and are checked on the same photo first:
+float32 within 1e-3 of the largest logit, the others by the cosine of their logits. They take turns
+in this process, in another order each round, and each timed call follows an untimed one: some
+runtimes' threads go on spinning for a while after a call and would slow down the next. Medians
+count; the 20th percentile ("fastest fifth") says more of small differences on a machine with loud
+neighbours.
 `--rewrites float32` or `int8` undoes each rewrite of the lean graph alone instead.
 """
 
@@ -216,6 +218,8 @@ def main():
             folder = Path(place)
             torch.manual_seed(0)
             theirs = timm.create_model(name, pretrained=False).eval()
+            for vector in (p for p in theirs.parameters() if p.ndim == 1):
+                vector.data += 0.02 * torch.randn_like(vector)
             save_file(theirs.state_dict(), folder / "timm.safetensors")
             model = kv.create_model(name)
             kv.load_weights(model, folder / "timm.safetensors")

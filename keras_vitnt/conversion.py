@@ -169,7 +169,8 @@ class Worker:
     def write_floats(self, folder):
         """The float32 LiteRT files of the job, `floats`: {whether quantised: (path, comparison)}.
 
-        Both are one, unless float32 has panels, which the quantizer does not know.
+        Both are one, unless float32 has panels: they are slower in int8, and the quantizer cannot
+        make them fp16.
         """
         files = [file for file in self.job["files"] if format_of(file["path"]) == "litert"]
         wanted = {bool(file["quantize"]) for file in files}

@@ -43,8 +43,8 @@ def lean(model, batch_size=1, mean_std=None, panels=False):
         batch_size: B.
         mean_std: None if the function gets what the model gets; (mean, std) per channel, of pixels
             in 0..1, if it gets uint8 pixels and shall normalise them itself.
-        panels: whether wide products are batches of narrower ones. That is faster in float32, but
-            ai-edge-quantizer makes int8 of dense layers.
+        panels: whether wide products are batches of narrower ones, which is faster in float32 and
+            slower in int8.
 
     Returns:
         Function: float32 or uint8 tensor (B, H, W, C) -> the model's output. Its operations are
@@ -75,10 +75,10 @@ def lean(model, batch_size=1, mean_std=None, panels=False):
 
 # The parts of the network whose operations carry their name, as a pattern.
 PARTS = r"stem|block\d+/(?:attention|mlp|inner|fold)|head"
-# An MLP whose kernels have fewer weights, which a core's cache holds anyway, has no panels; others
-# have panels of at least so many columns.
-FEW, PANEL = 1 << 17, 192
-# Heads are panels if XNNPACK's widest kernel for float32, of 32 columns, computes no more of them.
+# A panel of an MLP has at least so many columns; one with fewer weights than `FEW`, which a core's
+# cache holds anyway, has no panels.
+PANEL, FEW = 192, 1 << 17
+# A head is a panel if it fills whole kernels: XNNPACK's widest for float32 has so many columns.
 LANES = 32
 # Logarithm of what a sum of exponentials may reach: delegates for GPUs compute in float16.
 LARGEST = np.log(6e4)
@@ -183,20 +183,22 @@ def dense(kernel, bias=None):
     return call
 
 
-def panels_of(kernel, count):
-    """Products with the panels of a kernel's columns: (T, in) -> (count, T, out / count)."""
+def to_panels(kernel, bias, count):
+    """A dense layer whose output is in panels: (T, in) -> (count, T, out / count)."""
     kernel = constant(np.stack(np.split(kernel, count, axis=1)))
+    bias = None if bias is None else constant(bias.reshape(count, 1, -1))
 
     def call(x):
         import tensorflow as tf
 
-        return tf.linalg.matmul(x[None], kernel)
+        y = tf.linalg.matmul(tf.reshape(x, (1, *x.shape)), kernel)  # x[None] would be a copy
+        return y if bias is None else y + bias
 
     return call
 
 
 def from_panels(kernel, bias, count):
-    """The dense layer that reads such panels: (count, T, in / count) -> (T, out)."""
+    """A dense layer whose input is in panels: (count, T, in / count) -> (T, out)."""
     kernel, bias = constant(np.stack(np.split(kernel, count))), constant(bias)
 
     def call(x):
@@ -471,10 +473,9 @@ def attention(layer, norm, scale, groups, words):
 def attention_in_panels(layer, norm, scale, images):
     """As `attention` of a stream (B * T, D), with a panel for each head."""
     heads = layer.num_heads
-    (query, bias), key, value, after = attention_numbers(layer, norm, scale, words=False)
-    bias = constant(np.stack(np.split(bias[None], heads, axis=1)))  # (h, 1, d)
-    query, key, value = (panels_of(kernel, heads) for kernel in (query, key, value))
-    proj = from_panels(*after, heads)
+    query, key, value, after = attention_numbers(layer, norm, scale, words=False)
+    query, proj = to_panels(*query, heads), from_panels(*after, heads)
+    key, value = to_panels(key, None, heads), to_panels(value, None, heads)
     of_few = attention(layer, norm, scale, images, words=False)
 
     def call(x, rows=None):
@@ -487,7 +488,7 @@ def attention_in_panels(layer, norm, scale, images):
             return y if images == 1 else tf.reshape(y, (heads * images, -1, y.shape[-1]))
 
         x = normed(x, norm)
-        q = query(leading(x, rows, images)) + bias
+        q = query(leading(x, rows, images))
         y = tf.linalg.matmul(scores(split(q), split(key(x))), split(value(x)))
         return proj(tf.reshape(y, q.shape))
 
@@ -515,14 +516,13 @@ def mlp(layer, norm, scale, words):
 
 def mlp_in_panels(layer, norm, scale):
     """As `mlp` of a stream (T, D), with panels of the hidden layer."""
-    kernel, bias = after_norm(norm, *dense_numbers(layer.fc1))
     count = panel_count(layer)
-    first, bias = panels_of(kernel, count), constant(np.stack(np.split(bias[None], count, axis=1)))
+    first = to_panels(*after_norm(norm, *dense_numbers(layer.fc1)), count)
     second = from_panels(*writer(*dense_numbers(layer.fc2), scale, words=False), count)
     activate = gelu(layer)
 
     def call(x):
-        return second(activate(first(normed(x, norm)) + bias))
+        return second(activate(first(normed(x, norm))))
 
     return call
 
