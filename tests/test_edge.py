@@ -45,13 +45,20 @@ def test_the_lean_graph_computes_the_same(case, panels, small_panels):
 
 
 @pytest.mark.parametrize(
-    "size, heads, count",
-    [("Ti/8", True, 4), ("S/8", True, 8), ("B/8", True, 16), ("Nano/8", False, 1)],
+    "builder, size, heads, count",
+    [
+        (models.ViT, "Ti/8", True, 4),
+        (models.ViT, "S/8", True, 8),
+        (models.TNT, "B/8", True, 10),
+        (models.ViT, "Nano/8", True, 1),
+        (models.TNT, "Nano/8", False, 1),
+    ],
 )
-def test_wide_products_have_panels(size, heads, count):
-    """Of 192 hidden columns in the published sizes, whose heads have 64; Nano's 144 x 576 fit."""
-    model = models.ViT(size, depth=1, input_shape=(16, 16, 3))
+def test_wide_products_have_panels(builder, size, heads, count):
+    """Of 192 hidden columns or some more; heads of 32 or 64 are panels, those of 48 are not."""
+    model = builder(size, depth=1, input_shape=(16, 16, 3))
     block = model.get_layer("block00")
+    block = getattr(block, "outer", block)
     assert edge.heads_are_panels(block.attention) == heads
     assert edge.panel_count(block.mlp) == count
     assert edge.has_panels(model) == heads
