@@ -142,7 +142,7 @@ class Worker:
         self.preprocessing = images.Preprocessing(*job["preprocessing"])
         self.calibration = arrays.get("calibration")
         self.runs = {}  # each file that was compared, open
-        self.floats = {}
+        self.floats = {}  # see `write_floats`
         say(f"Running Keras on {len(self.pixels)} photos")
         x = images.normalize(self.pixels, self.preprocessing)
         self.expected = model.predict(x, batch_size=16, verbose=0)

@@ -75,9 +75,9 @@ def lean(model, batch_size=1, mean_std=None, panels=False):
 
 # The parts of the network whose operations carry their name, as a pattern.
 PARTS = r"stem|block\d+/(?:attention|mlp|inner|fold)|head"
-# A panel of an MLP has at least so many columns; one with fewer weights than `FEW`, which a core's
-# cache holds anyway, has no panels.
-PANEL, FEW = 192, 1 << 17
+# A panel of an MLP has at least so many columns; kernels of fewer weights than `CACHED` stay whole,
+# because a core's cache holds them anyway.
+PANEL, CACHED = 192, 1 << 17
 # A head is a panel if it fills whole kernels: XNNPACK's widest for float32 has so many columns.
 LANES = 32
 # Logarithm of what a sum of exponentials may reach: delegates for GPUs compute in float16.
@@ -530,7 +530,7 @@ def mlp_in_panels(layer, norm, scale):
 def panel_count(layer):
     """How many panels the hidden layer of an `MLP` has; 1: it stays whole."""
     width = layer.fc1.units
-    if width * layer.fc2.units < FEW:
+    if width * layer.fc2.units < CACHED:
         return 1
     return next((n for n in range(width // PANEL, 1, -1) if width % n == 0), 1)
 

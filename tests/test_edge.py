@@ -19,7 +19,7 @@ CASES = dict(
 @pytest.fixture
 def small_panels(monkeypatch):
     """Panels of the tests' narrow models."""
-    monkeypatch.setattr(edge, "FEW", 1)
+    monkeypatch.setattr(edge, "CACHED", 1)
     monkeypatch.setattr(edge, "PANEL", 8)
     monkeypatch.setattr(edge, "LANES", 4)
 
