@@ -19,12 +19,14 @@ import os
 import random
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
 import keras_vitnt as kv
-from keras_vitnt import edge, quantize
+from keras_vitnt import edge, edge_tnt, edge_vit, quantize
 from keras_vitnt.export import real_photos
 from keras_vitnt.gate import open_litert, structure
 
@@ -104,10 +106,11 @@ def ours(name, model, x, folder):
 
 
 def undone():
-    """{rewrite: replacements in `edge` that undo it}."""
+    """{rewrite: replacements in `edge`, `edge_vit` and `edge_tnt` that undo it}."""
     import tensorflow as tf
 
-    normed, central, of_words = edge.normed, edge.central, edge.words_by_exponentials
+    normed, central = edge_vit.normed, edge_vit.central
+    of_words = edge_tnt.words_by_exponentials
     apart = []
 
     def with_mean(x, norm):
@@ -121,8 +124,8 @@ def undone():
 
     def not_folded(norm, kernel, bias):
         count = len(kernel) // norm.gamma.shape[0]
-        numbers = [np.tile(edge.number(v), count) for v in (norm.gamma, norm.beta)]
-        apart.append((norm, [edge.constant(v) for v in numbers]))
+        numbers = [np.tile(edge_vit.number(v), count) for v in (norm.gamma, norm.beta)]
+        apart.append((norm, [edge_vit.constant(v) for v in numbers]))
         return kernel, np.zeros(kernel.shape[1]) if bias is None else bias
 
     def with_scale(x, norm):
@@ -137,11 +140,12 @@ def undone():
         return tf.nn.softmax(products * float(q.shape[-1] ** -0.5))
 
     def of_pixels(kernel, bias, stride, margin=0):
-        kernel, border = edge.constant(kernel), ((0, 0), (margin, margin), (margin, margin), (0, 0))
+        kernel = edge_vit.constant(kernel)
+        border = ((0, 0), (margin, margin), (margin, margin), (0, 0))
 
         def call(x):
             y = tf.nn.conv2d(tf.pad(x, border), kernel, stride, "VALID")
-            return y if bias is None else y + edge.constant(bias)
+            return y if bias is None else y + edge_vit.constant(bias)
 
         return call
 
@@ -183,15 +187,14 @@ def rewrites(model, x, folder, kind):
     """The lean graph and that with each rewrite undone: {name: function of nothing}."""
     runs = {}
     for label, patches in undone().items():
-        kept = {key: getattr(edge, key) for key in patches}
-        try:
+        with ExitStack() as stack:
             for key, value in patches.items():
-                setattr(edge, key, value)
+                users = [m for m in (edge, edge_vit, edge_tnt) if hasattr(m, key)]
+                assert users, key
+                for module in users:
+                    stack.enter_context(mock.patch.object(module, key, value))
             # Another name each time: open files are mapped, not read.
             file = litert(model, folder / f"{len(runs)}.tflite", kind)
-        finally:
-            for key, value in kept.items():
-                setattr(edge, key, value)
         assert structure(file)["faults"] == [], label
         run = open_litert(file)[0]
         runs[f"{label}, {kind}" if kind else label] = lambda run=run: run(x)

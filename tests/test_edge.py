@@ -5,7 +5,7 @@ import pytest
 from helpers import converted, forward, numpy
 from test_models import OPTIONS, TNT, VIT, settle
 
-from keras_vitnt import edge, images, models
+from keras_vitnt import edge, edge_tnt, edge_vit, images, models
 from keras_vitnt.export import real_photos
 
 CASES = dict(
@@ -19,9 +19,9 @@ CASES = dict(
 @pytest.fixture
 def small_panels(monkeypatch):
     """Panels of the tests' narrow models."""
-    monkeypatch.setattr(edge, "CACHED", 1)
-    monkeypatch.setattr(edge, "PANEL", 8)
-    monkeypatch.setattr(edge, "LANES", 4)
+    monkeypatch.setattr(edge_vit, "CACHED", 1)
+    monkeypatch.setattr(edge_vit, "PANEL", 8)
+    monkeypatch.setattr(edge_vit, "LANES", 4)
 
 
 @pytest.mark.parametrize("panels", [False, True])
@@ -59,8 +59,8 @@ def test_wide_products_have_panels(builder, size, heads, count):
     model = builder(size, depth=1, input_shape=(16, 16, 3))
     block = model.get_layer("block00")
     block = getattr(block, "outer", block)
-    assert edge.heads_are_panels(block.attention) == heads
-    assert edge.panel_count(block.mlp) == count
+    assert edge_vit.heads_are_panels(block.attention) == heads
+    assert edge_vit.panel_count(block.mlp) == count
     assert edge.has_panels(model) == heads
 
 
@@ -109,13 +109,13 @@ def test_no_score_is_larger_than_what_decides_for_exponentials():
     bias = random.normal(size=6)
     rows = random.normal(size=(1000, 12))
     rows *= np.sqrt(12 / np.square(rows).sum(1, keepdims=True))
-    largest = edge.largest_score(query, bias, key, 2)
+    largest = edge_tnt.largest_score(query, bias, key, 2)
     for head in (slice(0, 3), slice(3, 6)):
         left, _, right = np.linalg.svd(query[:, head] @ key[:, head].T)
         extreme = np.sqrt(12) * np.array([left[:, 0], right[0]])
         exact = (extreme[0] @ query[:, head]) @ (extreme[1] @ key[:, head])
-        assert exact <= edge.largest_score(query, 0 * bias, key, 2) + 1e-9
-        one_head = edge.largest_score(query[:, head], np.zeros(3), key[:, head], 1)
+        assert exact <= edge_tnt.largest_score(query, 0 * bias, key, 2) + 1e-9
+        one_head = edge_tnt.largest_score(query[:, head], np.zeros(3), key[:, head], 1)
         np.testing.assert_allclose(exact, one_head)
         products = (rows @ query[:, head] + bias[head]) @ (rows @ key[:, head]).T
         assert 0.3 * largest < np.abs(products).max() <= largest

@@ -18,7 +18,17 @@ from test_cli import run
 from test_datasets import write_photos
 from test_models import OPTIONS, TNT, VIT, installed_backends, settle
 
-from keras_vitnt import conversion, edge, gate, images, load_weights, models, quantize
+from keras_vitnt import (
+    conversion,
+    edge,
+    edge_tnt,
+    edge_vit,
+    gate,
+    images,
+    load_weights,
+    models,
+    quantize,
+)
 from keras_vitnt.export import export, export_all, put_in_place, real_photos, resized
 
 SIGNS = Path(__file__).parent.parent / "saved_models" / "signs"
@@ -393,8 +403,9 @@ def test_a_compact_file_rounds_positions_and_nothing_else(kind, case, batch, tmp
     content = quantize.compact((tmp_path / "whole").read_bytes(), kind)
     (tmp_path / "compact").write_bytes(content)
     assert len(content) < (tmp_path / "whole").stat().st_size
-    table = edge.table
-    monkeypatch.setattr(edge, "table", lambda *options: rounded(table(*options)))
+    table = edge_vit.table
+    for module in (edge_vit, edge_tnt):
+        monkeypatch.setattr(module, "table", lambda *options: rounded(table(*options)))
     conversion.write_litert(model, tmp_path / "rounded", job)
     x = np.random.default_rng(0).normal(size=(batch, 8, 12, 3)).astype("float32")
 

@@ -1,0 +1,415 @@
+"""What the parts of `vit` become in the lean graph, as functions of TensorFlow's tensors.
+
+A function that makes a part copies its numbers and returns the part: a function of token streams
+(B * T, D) or of rows (..., D) of any kind. Numbers are folded in float64.
+
+B images, T tokens, N patches, D width; h heads, d columns of each.
+"""
+
+import numpy as np
+from keras import ops
+
+# A panel of an MLP has at least so many columns; kernels of fewer weights than `CACHED` stay whole,
+# because a core's cache holds them anyway.
+PANEL, CACHED = 192, 1 << 17
+# A head is a panel if it fills whole kernels: XNNPACK's widest for float32 has so many columns.
+LANES = 32
+
+
+def number(x):
+    """A variable or tensor in float64: folding must not add rounding of its own."""
+    return np.asarray(ops.convert_to_numpy(x), "float64")
+
+
+def constant(x):
+    return np.asarray(x, "float32")
+
+
+def centred(kernel, bias=None):
+    """A dense layer's numbers for outputs whose mean over the width is zero."""
+    kernel = kernel - kernel.mean(axis=-1, keepdims=True)
+    return kernel, None if bias is None else bias - bias.mean()
+
+
+def dense_numbers(layer):
+    return number(layer.kernel), None if layer.bias is None else number(layer.bias)
+
+
+def layer_scaled(kernel, bias, scale):
+    """A dense layer's numbers, with those of the `LayerScale` behind it; it may be None."""
+    factor = 1 if scale is None else number(scale.gamma)
+    return kernel * factor, bias * factor
+
+
+def after_norm(norm, kernel, bias):
+    """A dense layer that reads a norm: its scale, shift and subtraction of the mean folded in."""
+    count = len(kernel) // norm.gamma.shape[0]  # of normed vectors that the layer reads at once
+    gamma, beta = np.tile(number(norm.gamma), count), np.tile(number(norm.beta), count)
+    shift = beta @ kernel
+    vectors = (gamma[:, None] * kernel).reshape(count, -1, kernel.shape[1])
+    vectors = vectors - vectors.mean(axis=1, keepdims=True)
+    return vectors.reshape(kernel.shape), shift if bias is None else bias + shift
+
+
+def dense(kernel, bias=None):
+    """FULLY_CONNECTED of fixed numbers: (..., in) -> (..., out)."""
+    kernel, bias = constant(kernel), None if bias is None else constant(bias)
+
+    def call(x):
+        import tensorflow as tf
+
+        y = tf.linalg.matmul(x, kernel)
+        return y if bias is None else y + bias
+
+    return call
+
+
+def to_panels(kernel, bias, count):
+    """A dense layer whose output is in panels: (T, in) -> (count, T, out / count)."""
+    kernel = constant(np.stack(np.split(kernel, count, axis=1)))
+    bias = None if bias is None else constant(bias.reshape(count, 1, -1))
+
+    def call(x):
+        import tensorflow as tf
+
+        y = tf.linalg.matmul(tf.reshape(x, (1, *x.shape)), kernel)  # x[None] would be a copy
+        return y if bias is None else y + bias
+
+    return call
+
+
+def from_panels(kernel, bias, count):
+    """A dense layer whose input is in panels: (count, T, in / count) -> (T, out)."""
+    kernel, bias = constant(np.stack(np.split(kernel, count))), constant(bias)
+
+    def call(x):
+        import tensorflow as tf
+
+        return tf.reduce_sum(tf.linalg.matmul(x, kernel), 0) + bias
+
+    return call
+
+
+def central(x, axes=-1):
+    """Rows without their mean."""
+    import tensorflow as tf
+
+    return x - tf.reduce_mean(x, axes, keepdims=True)
+
+
+def normed(x, norm):
+    """A norm without scale and shift, of rows that are centred already."""
+    import tensorflow as tf
+
+    return x * tf.math.rsqrt(tf.reduce_mean(tf.square(x), -1, keepdims=True) + norm.epsilon)
+
+
+def scaled(query, size):
+    """The attention scale, in the numbers of the query."""
+    return [part * size**-0.5 for part in query]
+
+
+def scores(q, k):
+    """Scaled queries and keys (..., T, d) -> attention scores (..., T, T)."""
+    import tensorflow as tf
+
+    return tf.nn.softmax(tf.linalg.matmul(q, k, transpose_b=True))
+
+
+def few_queries(rows):
+    """Whether only some rows attend; then the weights of keys and values are taken to them."""
+    return rows is not None
+
+
+def gelu(mlp):
+    exact = mlp.gelu == "erf"
+
+    def call(x):
+        import tensorflow as tf
+
+        if not exact:
+            return tf.nn.gelu(x, approximate=True)
+        # This form both LiteRT's converter and ONNX Runtime make one operation of.
+        return 0.5 * x * (1.0 + tf.math.erf(x * 0.70710677))
+
+    return call
+
+
+def table(encoder, dim):
+    """What the encoder adds: (prefix + N, D), prefix tokens with their positions first."""
+    prefix = [number(token) for token in encoder.prefix_tokens()]
+    patches = number(encoder.patch_positions(dim))
+    if prefix and encoder.prefix_positions:
+        positions = number(encoder.position_embedding)[: encoder.num_prefix_tokens]
+        prefix = [np.concatenate(prefix) + positions]
+    found = np.concatenate([*prefix, patches])
+    return found - found.mean(axis=1, keepdims=True)
+
+
+def with_prefix(x, prefix, batch_size, added=None):
+    """(B * N, D) -> (B * T, D): rows of zeros before those of each image; plus `added` (T, D)."""
+    import tensorflow as tf
+
+    width = x.shape[-1]
+    if batch_size > 1 or not prefix:  # or the converter merges a bias with what is added
+        x = tf.reshape(x, (batch_size, -1, width))
+    x = tf.pad(x, ((0, 0),) * (len(x.shape) - 2) + ((prefix, 0), (0, 0)))
+    return tf.reshape(x if added is None else x + added, (-1, width))
+
+
+def leading(x, rows, batch_size):
+    """(B * T, D) -> (B * rows, D): the first rows of each image; all if `rows` is None."""
+    import tensorflow as tf
+
+    if rows is None:
+        return x
+    if batch_size == 1:
+        return x[:rows]
+    return tf.reshape(tf.reshape(x, (batch_size, -1, x.shape[-1]))[:, :rows], (-1, x.shape[-1]))
+
+
+def normalization(mean_std, channels):
+    """(mean, factor) of float64 (C,) that make uint8 pixels a model's input; (0, 1) for None."""
+    mean, std = (0.0, 1 / 255) if mean_std is None else mean_std
+    ones = np.ones(channels)
+    return 255 * np.asarray(mean) * ones, ones / (255 * np.asarray(std))
+
+
+def squares(x, side):
+    """(B, H, W, k) -> (B * H / side, W / side, side, side * k): the squares of each row of them."""
+    import tensorflow as tf
+
+    x = tf.reshape(x, (-1, side, x.shape[2] // side, side * x.shape[3]))
+    return tf.transpose(x, (0, 2, 1, 3))
+
+
+def convolution(kernel, bias, stride, margin=0):
+    """A convolution (B, H, W, C) -> (B, H / stride, W / stride, c) with a border of zeros.
+
+    It reads squares of `stride` x `stride` pixels; where the kernel is one of them, it is a dense
+    layer of them.
+
+    Args:
+        kernel: (size, size, C, c).
+        bias: (c,) or None.
+        margin: width of the border above and left; below and right it is as wide as needed.
+    """
+    size, _, channels, width = kernel.shape
+    before, after = -(-margin // stride), (size - 1 - margin) // stride
+    taps = before + 1 + after
+    first = before * stride - margin  # pixel of the first square that the kernel reads
+    edges = (first, taps * stride - first - size)
+    kernel = np.pad(kernel, (edges, edges, (0, 0), (0, 0)))
+    kernel = kernel.reshape(taps, stride, taps, stride, channels, width)
+    kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(taps, taps, -1, width)
+    border = ((0, 0), (before, after), (before, after), (0, 0))
+    inputs = kernel.shape[2]
+    filters, of_square = constant(kernel), dense(kernel[0, 0], bias)
+
+    def call(x):
+        import tensorflow as tf
+
+        shape = (-1, x.shape[1] // stride, x.shape[2] // stride)
+        x = squares(x, stride)
+        if taps == 1:
+            return tf.reshape(of_square(tf.reshape(x, (-1, inputs))), (*shape, width))
+        y = tf.nn.conv2d(tf.pad(tf.reshape(x, (*shape, inputs)), border), filters, 1, "VALID")
+        return y if bias is None else y + constant(bias)
+
+    return call
+
+
+def vit_stem(layers, batch_size, mean_std):
+    """Images -> (token stream (B * T, D),)."""
+    encoder, side = layers["encoder"], layers["patches"].patch_size
+    kernel, bias = centred(*dense_numbers(encoder.projection))
+    width = kernel.shape[1]
+    kernel = kernel.reshape(side, side, -1, width)
+    mean, factor = normalization(mean_std, kernel.shape[2])
+    kernel = factor[:, None] * kernel
+    project = convolution(kernel, bias - np.einsum("hwcd,c->d", kernel, mean), side)
+    prefix = encoder.num_prefix_tokens
+    added = constant(table(encoder, width))
+
+    def stem(images):
+        import tensorflow as tf
+
+        x = tf.reshape(project(images), (-1, width))
+        return (with_prefix(x, prefix, batch_size, added),)
+
+    return stem
+
+
+def attention_numbers(layer, norm, scale):
+    """(kernel, bias) of scaled queries, the kernels of keys and values, (kernel, bias) behind them.
+
+    A key's bias adds the same to all scores of a query, which softmax cancels. A value's bias
+    passes the attention unchanged, because its scores sum to one.
+    """
+    kernel, bias = after_norm(norm, *dense_numbers(layer.qkv))
+    (query, key, value), biases = np.split(kernel, 3, axis=1), np.split(bias, 3)
+    query = scaled((query, biases[0]), len(biases[0]) // layer.num_heads)
+    kernel, bias = dense_numbers(layer.proj)
+    return query, key, value, layer_scaled(kernel, bias + biases[2] @ kernel, scale)
+
+
+def attention(layer, norm, scale, images, rows):
+    """Attention within images: function of a stream (B * T, D), of which it computes the update.
+
+    Given `rows`, the function computes that many leading rows of each image.
+    """
+    heads = layer.num_heads
+    query, key, value, after = attention_numbers(layer, norm, scale)
+    query, key, value, proj = dense(*query), dense(key), dense(value), dense(*centred(*after))
+    image = () if images == 1 else (images,)
+    order, turned = ((1, 0, 2), (1, 2, 0)) if images == 1 else ((0, 2, 1, 3), (0, 2, 3, 1))
+
+    def call(x):
+        import tensorflow as tf
+
+        def split(y, order):
+            return tf.transpose(tf.reshape(y, (*image, -1, heads, y.shape[-1] // heads)), order)
+
+        x = normed(x, norm)
+        q = query(leading(x, rows, images))
+        k, v = key(x), split(value(x), turned)  # XNNPACK packs a transposed right side fast
+        y = tf.linalg.matmul(scores(split(q, order), split(k, order)), v, transpose_b=True)
+        return proj(tf.reshape(tf.transpose(y, order), q.shape))
+
+    return call
+
+
+def attention_in_panels(layer, norm, scale, images, rows):
+    """As `attention`, with a panel for each head."""
+    heads = layer.num_heads
+    query, key, value, after = attention_numbers(layer, norm, scale)
+    query, proj = to_panels(*query, heads), from_panels(*centred(*after), heads)
+    key, value = to_panels(key, None, heads), to_panels(value, None, heads)
+
+    def call(x):
+        import tensorflow as tf
+
+        def split(y):  # (h, B * T, d) -> (h * B, T, d)
+            return y if images == 1 else tf.reshape(y, (heads * images, -1, y.shape[-1]))
+
+        x = normed(x, norm)
+        q = query(leading(x, rows, images))
+        y = tf.linalg.matmul(scores(split(q), split(key(x))), split(value(x)))
+        return proj(tf.reshape(y, q.shape))
+
+    return call
+
+
+def attention_of_few(layer, norm, scale, images, rows):
+    """As `attention`, without keys and values, which costs less where few rows attend.
+
+    Each head's query takes the keys' weights to the tokens, and what it sums of these the values'
+    weights back: q K' = (q Wk') x', s V = (s x) Wv.
+    """
+    heads = layer.num_heads
+    query, key, value, after = attention_numbers(layer, norm, scale)
+    query, key, value, proj = dense(*query), dense(key.T), dense(value), dense(*centred(*after))
+    own = constant(
+        np.repeat(np.eye(heads), layer.qkv.units // 3 // heads, axis=1)
+    )  # columns of each
+
+    def call(x):
+        import tensorflow as tf
+
+        x = normed(x, norm)
+        q = query(leading(x, rows, images))
+        q = key(tf.reshape(tf.reshape(q, (-1, 1, own.shape[1])) * own, (-1, own.shape[1])))
+        tokens = tf.reshape(x, (images, -1, x.shape[-1]))
+        s = scores(tf.reshape(q, (images, rows * heads, -1)), tokens)
+        y = value(tf.reshape(tf.linalg.matmul(s, tokens), (-1, x.shape[-1])))
+        return proj(tf.reduce_sum(tf.reshape(y, (-1, *own.shape)) * own, 1))
+
+    return call
+
+
+def mlp(layer, norm, scale):
+    """The MLP of a stream (B * T, D), of which it computes the update."""
+    first = dense(*after_norm(norm, *dense_numbers(layer.fc1)))
+    second = dense(*centred(*layer_scaled(*dense_numbers(layer.fc2), scale)))
+    activate = gelu(layer)
+
+    def call(x):
+        return second(activate(first(normed(x, norm))))
+
+    return call
+
+
+def mlp_in_panels(layer, norm, scale):
+    """As `mlp` of a stream (T, D), with panels of the hidden layer."""
+    count = panel_count(layer)
+    first = to_panels(*after_norm(norm, *dense_numbers(layer.fc1)), count)
+    second = centred(*layer_scaled(*dense_numbers(layer.fc2), scale))
+    second = from_panels(*second, count)
+    activate = gelu(layer)
+
+    def call(x):
+        return second(activate(first(normed(x, norm))))
+
+    return call
+
+
+def panel_count(layer):
+    """How many panels the hidden layer of an `MLP` has; 1: it stays whole."""
+    width = layer.fc1.units
+    if width * layer.fc2.units < CACHED:
+        return 1
+    return next((n for n in range(width // PANEL, 1, -1) if width % n == 0), 1)
+
+
+def heads_are_panels(layer):
+    """Whether each head of an `Attention` has panels of its own."""
+    return layer.qkv.units // 3 // layer.num_heads % LANES == 0
+
+
+def layer_scales(block):
+    return (None, None) if block.layer_scale is None else (block.scale1, block.scale2)
+
+
+def transformer_block(block, images, rows=None, panels=False):
+    """A `TransformerBlock`: function of the centred stream (B * T, D), alike out.
+
+    Given `rows`, the function computes that many leading rows of each image.
+    """
+    attend, feed = attention, mlp
+    if few_queries(rows):
+        attend = attention_of_few
+    elif panels and heads_are_panels(block.attention):
+        attend = attention_in_panels
+    if panels and panel_count(block.mlp) > 1:
+        feed = mlp_in_panels
+    scale1, scale2 = layer_scales(block)
+    attend = attend(block.attention, block.norm1, scale1, images, rows)
+    feed = feed(block.mlp, block.norm2, scale2)
+
+    def call(x):
+        import tensorflow as tf
+
+        with tf.name_scope("attention"):
+            x = leading(x, rows, images) + attend(x)
+        with tf.name_scope("mlp"):
+            return x + feed(x)
+
+    return call
+
+
+def vit_blocks(blocks, encoder, rows, batch_size, panels):
+    """(token stream,) -> the rows that the head reads."""
+    run = [
+        transformer_block(block, batch_size, rows if block is blocks[-1] else None, panels)
+        for block in blocks
+    ]
+
+    def body(x):
+        import tensorflow as tf
+
+        for i, block in enumerate(run):
+            with tf.name_scope(f"block{i:02d}"):
+                x = block(x)
+        return x
+
+    return body
