@@ -31,6 +31,7 @@ from keras_vitnt.export import real_photos
 from keras_vitnt.gate import open_litert, structure
 
 THREADS = 2
+HEAD = 64  # columns of each of the two models' heads
 MODELS = {"ViT-S/16": "vit_small_patch16_224", "TNT-S/16": "tnt_s_patch16_224"}
 
 
@@ -137,15 +138,42 @@ def undone():
 
     def scale_apart(q, k):
         products = tf.linalg.matmul(q, k, transpose_b=True)
-        return tf.nn.softmax(products * float(q.shape[-1] ** -0.5))
+        return tf.nn.softmax(products * HEAD**-0.5)
 
-    def of_pixels(kernel, bias, stride, margin=0):
-        kernel = edge_vit.constant(kernel)
-        border = ((0, 0), (margin, margin), (margin, margin), (0, 0))
+    def with_keys(layer, norm, scale, images, rows):
+        heads = layer.num_heads
+        query, key, value, after = edge_vit.attention_numbers(layer, norm, scale)
+        query, key, value = edge_vit.dense(*query), edge_vit.dense(key), edge_vit.dense(value)
+        proj = edge_vit.dense(*edge_vit.centred(*after))
 
         def call(x):
-            y = tf.nn.conv2d(tf.pad(x, border), kernel, stride, "VALID")
-            return y if bias is None else y + edge_vit.constant(bias)
+            x = edge_vit.normed(x, norm)
+            q = query(edge_vit.leading(x, rows, images))
+            q, k, v = (
+                tf.transpose(tf.reshape(y, (-1, heads, HEAD)), order)
+                for y, order in ((q, (1, 0, 2)), (key(x), (1, 0, 2)), (value(x), (1, 2, 0)))
+            )
+            y = tf.linalg.matmul(edge_vit.scores(q, k), v, transpose_b=True)
+            return proj(tf.reshape(tf.transpose(y, (1, 0, 2)), (-1, heads * HEAD)))
+
+        return call
+
+    def squares_of_pixels(kernel, bias):
+        kernel = edge_vit.constant(kernel)
+
+        def call(x):
+            y = tf.nn.conv2d(x, kernel, len(kernel), "VALID") + edge_vit.constant(bias)
+            return tf.reshape(y, (-1, kernel.shape[-1]))
+
+        return call
+
+    def of_pixels(kernel, stride):
+        kernel, margin = edge_vit.constant(kernel), (edge_tnt.MARGIN, edge_tnt.MARGIN)
+
+        def call(x):
+            return tf.nn.conv2d(
+                tf.pad(x, ((0, 0), margin, margin, (0, 0))), kernel, stride, "VALID"
+            )
 
         return call
 
@@ -155,7 +183,7 @@ def undone():
     }
     return {
         "none: the lean graph": {},
-        "pixels in squares": {"convolution": of_pixels},
+        "pixels in squares": {"of_squares": squares_of_pixels, "convolution": of_pixels},
         "streams centred by their writers": as_is | {"normed": with_mean},
         "the same, and mean(square) for squared difference": as_is
         | {"normed": by_squared_difference},
@@ -168,7 +196,6 @@ def undone():
             "scaled": lambda query, size: query,
             "scores": scale_apart,
             "words_by_exponentials": lambda k, q, v: of_words(k, q * q.shape[-2] ** -0.5, v),
-            "few_queries": lambda rows: False,  # whose queries are of another size than a head
         },
         "words' mean taken off by the reader": {
             "normed_words": lambda x, norm: normed(central(x), norm)
@@ -178,7 +205,7 @@ def undone():
             "heads_are_panels": lambda layer: False,
             "panel_count": lambda layer: 1,
         },
-        "last block: no keys and values": {"few_queries": lambda rows: False},
+        "last block: no keys and values": {"attention_of_few": with_keys},
         "the same, and all rows": {"rows_read": lambda layers: None},
     }
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import re
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,6 +152,8 @@ def read_shards(path):
 
 
 def read_npz(path):
+    if not zipfile.is_zipfile(path):  # or NumPy would propose to unpickle it
+        raise ValueError("it is damaged, or no .npz file: those are zip archives")
     file = np.load(path, allow_pickle=False)
     if damaged := file.zip.testzip():  # before anything is assigned
         raise ValueError(f"{damaged} is damaged")

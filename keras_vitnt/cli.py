@@ -23,7 +23,8 @@ from .sources import open_function, recorded
 from .weights import load_weights, save_weights
 
 OPENED = (
-    "run folder, .keras, .tflite, SavedModel, or a checkpoint (hf:OWNER/NAME, .safetensors, ...)"
+    "run folder, .keras, .tflite, .onnx, SavedModel, or a checkpoint (hf:OWNER/NAME, "
+    ".safetensors, ...)"
 )
 
 
@@ -195,7 +196,10 @@ def parser():
     )
     new.add_argument("--data-dir", help="where TensorFlow Datasets keeps its sets")
     new.add_argument(
-        "--min-agreement", type=float, metavar="SHARE", help="refuse less top-1 agreement: 0.99"
+        "--min-agreement",
+        type=float,
+        metavar="SHARE",
+        help="refuse less top-1 agreement, such as 0.99 (default: any)",
     )
     new.add_argument(
         "--max-drop",
@@ -502,6 +506,11 @@ def evaluate(arguments):
         ]
     )
     seconds = time.perf_counter() - start
+    if logits.shape[1:] != (len(classes),):
+        raise ValueError(
+            f"{arguments.model} gives {logits.shape[1:]} for each photo; {arguments.data} has "
+            f"{len(classes)} classes."
+        )
     right = (logits.argmax(-1) == labels).sum()
     top5 = (np.argsort(-logits)[:, :5] == labels[:, None]).any(axis=1).mean()
     print(f"{arguments.model}: {right} of {len(labels)} right")

@@ -82,7 +82,16 @@ def write_litert(model, path, job, panels=False):
     with tempfile.TemporaryDirectory() as folder:
         archive(model, function, spec, folder)
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
-        path.write_bytes(converter.convert())
+        try:
+            path.write_bytes(converter.convert())
+        except Exception as error:  # the converter's own kind, with pages of its graph
+            foreign = re.findall(r"(?:TF Select|Custom) ops: (.+)", str(error))
+            if not foreign:
+                raise
+            raise Refused(
+                "The LiteRT file is refused: operators beyond the built-in ones: "
+                f"{', '.join(foreign)}."
+            ) from None
 
 
 def archive(model, function, spec, folder):
@@ -146,6 +155,10 @@ class Worker:
         say(f"Running Keras on {len(self.pixels)} photos")
         x = images.normalize(self.pixels, self.preprocessing)
         self.expected = model.predict(x, batch_size=16, verbose=0)
+        if not np.isfinite(self.expected).all():
+            raise Refused(
+                "The model is refused: its own outputs for the photos are not all finite."
+            )
         names = job.get("names") or [str(i) for i in range(self.expected.shape[-1])]
         if self.labels is not None and job.get("check_labels"):
             mixed = gate.swapped(self.expected, self.labels, names)
@@ -174,7 +187,7 @@ class Worker:
         """
         files = [file for file in self.job["files"] if format_of(file["path"]) == "litert"]
         wanted = {bool(file["quantize"]) for file in files}
-        if self.job["graph"] == "lean" and edge.has_panels(self.model):
+        if wanted and self.job["graph"] == "lean" and edge.has_panels(self.model):
             for quantised in sorted(wanted):
                 path = folder / ("dense.tflite" if quantised else "panels.tflite")
                 self.floats[quantised] = self.write_float(path, panels=not quantised)
@@ -193,14 +206,16 @@ class Worker:
 
     def quantized(self, whole, path, kind):
         """Write a quantised file; (parts kept in float, sensitivity)."""
-        calibration = None
+        ranges = None
         if kind == "int8-static":
+            say(f"Running the float32 file on {len(self.calibration)} photos of the training data")
             size = self.job.get("batch_size", 1)
             found = self.given(self.calibration)
-            calibration = [
+            samples = [
                 np.resize(found[i : i + size], (size, *found.shape[1:]))
                 for i in range(0, len(found), size)
             ]
+            ranges = quantize.seen(whole, samples)
         keep = self.job.get("keep_float")
         if keep is None:
             keep = [] if kind == "fp16" else quantize.float_by_default(whole)
@@ -220,15 +235,13 @@ class Worker:
             return gate.compare(logits(content), self.expected, self.labels).drop
 
         if self.job.get("sensitivity"):
-            rows = quantize.sensitivity(whole, kind, logits, calibration, say)
+            rows = quantize.sensitivity(whole, kind, logits, ranges, say)
         say(f"Quantising to {kind}")
-        content = quantize.quantize(whole, kind, keep, calibration=calibration)
+        content = quantize.quantize(whole, kind, keep, ranges=ranges)
         if limit is not None and not drop(content) <= limit:
-            rows = rows or quantize.sensitivity(whole, kind, logits, calibration, say)
+            rows = rows or quantize.sensitivity(whole, kind, logits, ranges, say)
             try:
-                content, keep = quantize.within(
-                    whole, kind, rows, drop, limit, keep, calibration, say
-                )
+                content, keep = quantize.within(whole, kind, rows, drop, limit, keep, ranges, say)
             except RuntimeError as error:
                 raise Refused(f"{path.name} is refused: {error}") from None
         path.write_bytes(content)
@@ -255,6 +268,8 @@ class Worker:
             if not broken and graph == "lean" and kind != "int8-static":
                 if found["partitions"] != 1:
                     broken = [f"{found['partitions']} XNNPACK partitions, not 1"]
+                elif not found["whole"]:
+                    broken = ["XNNPACK leaves operators at its beginning or end to others"]
             self.refuse(path.name, broken)
         if form != "keras":
             say(f"Running {path.name} on {len(self.pixels)} photos")

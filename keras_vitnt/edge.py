@@ -31,16 +31,13 @@ import keras
 
 from .edge_tnt import tnt_blocks, tnt_stem
 from .edge_vit import (
-    after_norm,
-    central,
+    attention_pooling,
     constant,
     dense,
     dense_numbers,
-    gelu,
-    heads_are_panels,
+    forms,
     normed,
     number,
-    panel_count,
     vit_blocks,
     vit_stem,
 )
@@ -71,10 +68,13 @@ def lean(model, batch_size=1, mean_std=None, panels=False):
     """
     check(model)
     layers = {layer.name: layer for layer in model.layers}
-    blocks = [layer for layer in model.layers if layer.name.startswith("block")]
-    stem = (tnt_stem if "pixels" in layers else vit_stem)(layers, batch_size, mean_std)
-    run = tnt_blocks if "pixels" in layers else vit_blocks
-    body = run(blocks, layers["encoder"], rows_read(layers), batch_size, panels)
+    blocks = blocks_of(model)
+    if "pixels" in layers:
+        stem = tnt_stem(layers, batch_size, mean_std)
+        body = tnt_blocks(blocks, batch_size, panels, layers["encoder"].num_prefix_tokens)
+    else:
+        stem = vit_stem(layers, batch_size, mean_std)
+        body = vit_blocks(blocks, batch_size, panels)
     head = top(layers, batch_size)
 
     def function(images):
@@ -127,10 +127,10 @@ def check(model):
         )
     for name, layer in layers.items():
         usual = "tanh" if name == "pre_logits" else "linear"
-        if isinstance(layer, keras.layers.Dense) and layer.activation.__name__ != usual:
+        if isinstance(layer, keras.layers.Dense) and name_of(layer.activation) != usual:
             raise ValueError(
                 f"The lean graph has {usual} in {name}; {model.name!r} has "
-                f'{layer.activation.__name__}: pass graph="plain".'
+                f'{name_of(layer.activation)}: pass graph="plain".'
             )
     activation = activation_of(layers)
     if activation not in (None, "softmax", "sigmoid"):
@@ -140,17 +140,29 @@ def check(model):
         )
 
 
+def name_of(activation):
+    return getattr(activation, "__name__", repr(activation))
+
+
 def activation_of(layers):
     """The name of the activation behind the head; None for logits."""
-    name = layers["predictions"].activation.__name__ if "predictions" in layers else "linear"
+    name = name_of(layers["predictions"].activation) if "predictions" in layers else "linear"
     return None if name == "linear" else name
+
+
+def blocks_of(model):
+    """[(block, how many leading rows of each image are read of it; None: all)]."""
+    layers = {layer.name: layer for layer in model.layers}
+    blocks = [layer for name, layer in layers.items() if name.startswith("block")]
+    return [(block, None) for block in blocks[:-1]] + [(blocks[-1], rows_read(layers))]
 
 
 def has_panels(model):
     """Whether `panels` changes a model's lean graph."""
-    blocks = [layer for layer in model.layers if layer.name.startswith("block")]
-    blocks = [getattr(block, "outer", block) for block in blocks]
-    return any(heads_are_panels(block.attention) or panel_count(block.mlp) > 1 for block in blocks)
+    outer = [(getattr(block, "outer", block), rows) for block, rows in blocks_of(model)]
+    return any(
+        forms(block, rows, panels=True) != forms(block, rows, panels=False) for block, rows in outer
+    )
 
 
 def rows_read(layers):
@@ -203,38 +215,5 @@ def top(layers, batch_size):
             vectors = [output(vector) for output, vector in zip(outputs, vectors)]
         y = vectors[0] if len(vectors) == 1 else (vectors[0] + vectors[1]) * 0.5
         return getattr(tf.nn, activation)(y) if activation else y
-
-    return call
-
-
-def attention_pooling(pool, batch_size):
-    """`AttentionPooling` of normed tokens (B * T, D) -> (B, D); its query is a constant."""
-    heads, prefix = pool.num_heads, pool.num_prefix_tokens
-    kernel, bias = dense_numbers(pool.query)
-    width = len(kernel)
-    size = width // heads
-    query = (number(pool.query_token) @ kernel + bias) * size**-0.5
-    query = constant(query.reshape(1, heads, 1, size))
-    kernel, bias = dense_numbers(pool.key_value)
-    key = dense(kernel[:, :width])
-    value = dense(kernel[:, width:])
-    out, out_bias = dense_numbers(pool.proj)
-    proj = dense(out, out_bias + bias[width:] @ out)
-    first = dense(*after_norm(pool.norm, *dense_numbers(pool.mlp.fc1)))
-    second = dense(*dense_numbers(pool.mlp.fc2))
-    activate = gelu(pool.mlp)
-
-    def call(x):
-        import tensorflow as tf
-
-        def split(y, order):  # (B * T, D) -> (B, h, N, d) or (B, h, d, N)
-            y = tf.reshape(y, (batch_size, -1, heads, size))[:, prefix:]
-            return tf.transpose(y, order)
-
-        s = tf.reduce_sum(split(key(x), (0, 2, 1, 3)) * query, -1)  # (B, h, N)
-        s = tf.nn.softmax(s)[:, :, None]
-        y = tf.linalg.matmul(s, split(value(x), (0, 2, 3, 1)), transpose_b=True)
-        pooled = proj(tf.reshape(y, (batch_size, width)))
-        return pooled + second(activate(first(normed(central(pooled), pool.norm))))
 
     return call

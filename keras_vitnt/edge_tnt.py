@@ -1,6 +1,6 @@
 """What the parts of `tnt` become in the lean graph; see `edge_vit`.
 
-N patches of all images, M words of each, c inner width; h heads, d columns of each.
+B images, N patches, M words per patch, c inner width; h heads, d columns of each.
 """
 
 import numpy as np
@@ -11,7 +11,6 @@ from .edge_vit import (
     central,
     centred,
     constant,
-    convolution,
     dense,
     dense_numbers,
     gelu,
@@ -28,6 +27,8 @@ from .edge_vit import (
 
 # Logarithm of what a sum of exponentials may reach: delegates for GPUs compute in float16.
 LARGEST = np.log(6e4)
+# Zeros above and left of what `PixelEmbedding` convolves.
+MARGIN = 3
 
 
 def normed_words(x, norm):
@@ -70,7 +71,7 @@ def words_by_exponentials(k, q, v):
 
 
 def words_attention(layer, norm, scale):
-    """Attention within patches: function of words (N, M, c), of which it computes the update."""
+    """Attention within patches: function of words (B * N, M, c), which computes their update."""
     heads = layer.num_heads
     query_numbers, key_kernel, value_kernel, after = attention_numbers(layer, norm, scale)
     query, key, value = dense(*query_numbers), dense(key_kernel), dense(value_kernel)
@@ -94,7 +95,7 @@ def words_attention(layer, norm, scale):
 
 
 def words_mlp(layer, norm, scale):
-    """The MLP of words (N, M, c), of which it computes the update."""
+    """The MLP of words (B * N, M, c), of which it computes the update."""
     first = dense(*after_norm(norm, *dense_numbers(layer.fc1)))
     second = dense(*layer_scaled(*dense_numbers(layer.fc2), scale))
     activate = gelu(layer)
@@ -102,7 +103,7 @@ def words_mlp(layer, norm, scale):
 
 
 def inner_block(block):
-    """A `TNTBlock`'s inner `TransformerBlock`: function of words (N, M, c), alike out."""
+    """A `TNTBlock`'s inner `TransformerBlock`: function of words (B * N, M, c), alike out."""
     scale1, scale2 = layer_scales(block)
     attend = words_attention(block.attention, block.norm1, scale1)
     feed = words_mlp(block.mlp, block.norm2, scale2)
@@ -118,6 +119,35 @@ def inner_block(block):
     return call
 
 
+def convolution(kernel, stride):
+    """A convolution (B, H, W, C) -> (B, H / stride, W / stride, c) with a border of zeros.
+
+    It reads squares of `stride` x `stride` pixels. The border is `MARGIN` pixels wide above and
+    left; below and right it is as wide as needed.
+
+    Args:
+        kernel: (size, size, C, c).
+    """
+    size, _, channels, width = kernel.shape
+    before, after = -(-MARGIN // stride), (size - 1 - MARGIN) // stride
+    taps = before + 1 + after
+    first = before * stride - MARGIN  # pixel of the first square that the kernel reads
+    edges = (first, taps * stride - first - size)
+    kernel = np.pad(kernel, (edges, edges, (0, 0), (0, 0)))
+    kernel = kernel.reshape(taps, stride, taps, stride, channels, width)
+    kernel = constant(kernel.transpose(0, 2, 1, 3, 4, 5).reshape(taps, taps, -1, width))
+    border = ((0, 0), (before, after), (before, after), (0, 0))
+
+    def call(x):
+        import tensorflow as tf
+
+        shape = (-1, x.shape[1] // stride, x.shape[2] // stride, kernel.shape[2])
+        x = tf.reshape(squares(x, stride), shape)
+        return tf.nn.conv2d(tf.pad(x, border), kernel, 1, "VALID")
+
+    return call
+
+
 def tnt_stem(layers, batch_size, mean_std):
     """Images -> (words (B * N, M, c), token stream (B * T, D))."""
     pixels, encoder, fold = layers["pixels"], layers["encoder"], layers["patches"]
@@ -127,7 +157,7 @@ def tnt_stem(layers, batch_size, mean_std):
         bias = bias + number(pixels.position_embedding)  # (M, c)
     kernel, stride = number(pixels.projection.kernel), pixels.projection.strides[0]
     mean, factor = normalization(mean_std, kernel.shape[2])
-    project = convolution(factor[:, None] * kernel, None, stride, 3)
+    project = convolution(factor[:, None] * kernel, stride)
     bias = constant(np.broadcast_to(bias, (1, m * m, width)))
     to_patch = folding(fold)
     prefix = encoder.num_prefix_tokens
@@ -153,7 +183,7 @@ def tnt_stem(layers, batch_size, mean_std):
 
 
 def folding(fold):
-    """`WordsToPatch` of words (N, M, c) -> (N, D), a centred writer."""
+    """`WordsToPatch` of words (B * N, M, c) -> (B * N, D), a centred writer."""
     kernel, bias = after_norm(fold.norm1, *dense_numbers(fold.proj))
     proj = dense(*centred(kernel, bias))
     legacy = fold.layout == "legacy"  # which norms each word apart
@@ -174,18 +204,15 @@ def folding(fold):
     return call
 
 
-def tnt_blocks(blocks, encoder, rows, batch_size, panels):
-    """(words, token stream) -> the rows that the head reads."""
-    prefix = encoder.num_prefix_tokens
+def tnt_blocks(blocks, batch_size, panels, prefix):
+    """[(block, rows that are read of it)] -> function of words and the token stream."""
     run = [
         (
             inner_block(block.inner),
             folding(block.fold),
-            transformer_block(
-                block.outer, batch_size, rows if block is blocks[-1] else None, panels
-            ),
+            transformer_block(block.outer, batch_size, rows, panels),
         )
-        for block in blocks
+        for block, rows in blocks
     ]
 
     def body(words, x):

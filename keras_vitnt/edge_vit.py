@@ -110,15 +110,10 @@ def scaled(query, size):
 
 
 def scores(q, k):
-    """Scaled queries and keys (..., T, d) -> attention scores (..., T, T)."""
+    """Scaled queries (..., S, d) and keys (..., T, d) -> attention scores (..., S, T)."""
     import tensorflow as tf
 
     return tf.nn.softmax(tf.linalg.matmul(q, k, transpose_b=True))
-
-
-def few_queries(rows):
-    """Whether only some rows attend; then the weights of keys and values are taken to them."""
-    return rows is not None
 
 
 def gelu(mlp):
@@ -183,38 +178,15 @@ def squares(x, side):
     return tf.transpose(x, (0, 2, 1, 3))
 
 
-def convolution(kernel, bias, stride, margin=0):
-    """A convolution (B, H, W, C) -> (B, H / stride, W / stride, c) with a border of zeros.
-
-    It reads squares of `stride` x `stride` pixels; where the kernel is one of them, it is a dense
-    layer of them.
-
-    Args:
-        kernel: (size, size, C, c).
-        bias: (c,) or None.
-        margin: width of the border above and left; below and right it is as wide as needed.
-    """
-    size, _, channels, width = kernel.shape
-    before, after = -(-margin // stride), (size - 1 - margin) // stride
-    taps = before + 1 + after
-    first = before * stride - margin  # pixel of the first square that the kernel reads
-    edges = (first, taps * stride - first - size)
-    kernel = np.pad(kernel, (edges, edges, (0, 0), (0, 0)))
-    kernel = kernel.reshape(taps, stride, taps, stride, channels, width)
-    kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(taps, taps, -1, width)
-    border = ((0, 0), (before, after), (before, after), (0, 0))
-    inputs = kernel.shape[2]
-    filters, of_square = constant(kernel), dense(kernel[0, 0], bias)
+def of_squares(kernel, bias):
+    """A convolution that reads each pixel once: (B, H, W, C) -> (B * N, D)."""
+    side, width = kernel.shape[0], kernel.shape[-1]
+    project = dense(kernel.reshape(-1, width), bias)
 
     def call(x):
         import tensorflow as tf
 
-        shape = (-1, x.shape[1] // stride, x.shape[2] // stride)
-        x = squares(x, stride)
-        if taps == 1:
-            return tf.reshape(of_square(tf.reshape(x, (-1, inputs))), (*shape, width))
-        y = tf.nn.conv2d(tf.pad(tf.reshape(x, (*shape, inputs)), border), filters, 1, "VALID")
-        return y if bias is None else y + constant(bias)
+        return project(tf.reshape(squares(x, side), (-1, side * side * x.shape[3])))
 
     return call
 
@@ -227,15 +199,12 @@ def vit_stem(layers, batch_size, mean_std):
     kernel = kernel.reshape(side, side, -1, width)
     mean, factor = normalization(mean_std, kernel.shape[2])
     kernel = factor[:, None] * kernel
-    project = convolution(kernel, bias - np.einsum("hwcd,c->d", kernel, mean), side)
+    project = of_squares(kernel, bias - np.einsum("hwcd,c->d", kernel, mean))
     prefix = encoder.num_prefix_tokens
     added = constant(table(encoder, width))
 
     def stem(images):
-        import tensorflow as tf
-
-        x = tf.reshape(project(images), (-1, width))
-        return (with_prefix(x, prefix, batch_size, added),)
+        return (with_prefix(project(images), prefix, batch_size, added),)
 
     return stem
 
@@ -253,11 +222,8 @@ def attention_numbers(layer, norm, scale):
     return query, key, value, layer_scaled(kernel, bias + biases[2] @ kernel, scale)
 
 
-def attention(layer, norm, scale, images, rows):
-    """Attention within images: function of a stream (B * T, D), of which it computes the update.
-
-    Given `rows`, the function computes that many leading rows of each image.
-    """
+def attention(layer, norm, scale, images):
+    """Attention within images: function of a stream (B * T, D), of which it computes the update."""
     heads = layer.num_heads
     query, key, value, after = attention_numbers(layer, norm, scale)
     query, key, value, proj = dense(*query), dense(key), dense(value), dense(*centred(*after))
@@ -271,15 +237,18 @@ def attention(layer, norm, scale, images, rows):
             return tf.transpose(tf.reshape(y, (*image, -1, heads, y.shape[-1] // heads)), order)
 
         x = normed(x, norm)
-        q = query(leading(x, rows, images))
-        k, v = key(x), split(value(x), turned)  # XNNPACK packs a transposed right side fast
+        q, k, v = (
+            query(x),
+            key(x),
+            split(value(x), turned),
+        )  # XNNPACK packs a transposed right side fast
         y = tf.linalg.matmul(scores(split(q, order), split(k, order)), v, transpose_b=True)
         return proj(tf.reshape(tf.transpose(y, order), q.shape))
 
     return call
 
 
-def attention_in_panels(layer, norm, scale, images, rows):
+def attention_in_panels(layer, norm, scale, images):
     """As `attention`, with a panel for each head."""
     heads = layer.num_heads
     query, key, value, after = attention_numbers(layer, norm, scale)
@@ -293,7 +262,7 @@ def attention_in_panels(layer, norm, scale, images, rows):
             return y if images == 1 else tf.reshape(y, (heads * images, -1, y.shape[-1]))
 
         x = normed(x, norm)
-        q = query(leading(x, rows, images))
+        q = query(x)
         y = tf.linalg.matmul(scores(split(q), split(key(x))), split(value(x)))
         return proj(tf.reshape(y, q.shape))
 
@@ -301,7 +270,7 @@ def attention_in_panels(layer, norm, scale, images, rows):
 
 
 def attention_of_few(layer, norm, scale, images, rows):
-    """As `attention`, without keys and values, which costs less where few rows attend.
+    """As `attention` of the `rows` leading rows of each image; without keys and values.
 
     Each head's query takes the keys' weights to the tokens, and what it sums of these the values'
     weights back: q K' = (q Wk') x', s V = (s x) Wv.
@@ -370,21 +339,26 @@ def layer_scales(block):
     return (None, None) if block.layer_scale is None else (block.scale1, block.scale2)
 
 
-def transformer_block(block, images, rows=None, panels=False):
-    """A `TransformerBlock`: function of the centred stream (B * T, D), alike out.
-
-    Given `rows`, the function computes that many leading rows of each image.
-    """
+def forms(block, rows, panels):
+    """The two functions that make a block's attention and MLP; see `transformer_block`."""
     attend, feed = attention, mlp
-    if few_queries(rows):
-        attend = attention_of_few
-    elif panels and heads_are_panels(block.attention):
+    if panels and heads_are_panels(block.attention):
         attend = attention_in_panels
     if panels and panel_count(block.mlp) > 1:
         feed = mlp_in_panels
+    return (attend if rows is None else attention_of_few), feed
+
+
+def transformer_block(block, images, rows, panels):
+    """A `TransformerBlock`: function of the centred stream (B * T, D), alike out.
+
+    It computes the `rows` leading rows of each image, all if None.
+    """
+    make_attention, make_mlp = forms(block, rows, panels)
     scale1, scale2 = layer_scales(block)
-    attend = attend(block.attention, block.norm1, scale1, images, rows)
-    feed = feed(block.mlp, block.norm2, scale2)
+    few = () if rows is None else (rows,)
+    attend = make_attention(block.attention, block.norm1, scale1, images, *few)
+    feed = make_mlp(block.mlp, block.norm2, scale2)
 
     def call(x):
         import tensorflow as tf
@@ -397,12 +371,9 @@ def transformer_block(block, images, rows=None, panels=False):
     return call
 
 
-def vit_blocks(blocks, encoder, rows, batch_size, panels):
-    """(token stream,) -> the rows that the head reads."""
-    run = [
-        transformer_block(block, batch_size, rows if block is blocks[-1] else None, panels)
-        for block in blocks
-    ]
+def vit_blocks(blocks, batch_size, panels):
+    """[(block, rows that are read of it)] -> function of the token stream."""
+    run = [transformer_block(block, batch_size, rows, panels) for block, rows in blocks]
 
     def body(x):
         import tensorflow as tf
@@ -413,3 +384,36 @@ def vit_blocks(blocks, encoder, rows, batch_size, panels):
         return x
 
     return body
+
+
+def attention_pooling(pool, batch_size):
+    """`AttentionPooling` of normed tokens (B * T, D) -> (B, D); its query is a constant."""
+    heads, prefix = pool.num_heads, pool.num_prefix_tokens
+    kernel, bias = dense_numbers(pool.query)
+    width = len(kernel)
+    size = width // heads
+    query = (number(pool.query_token) @ kernel + bias) * size**-0.5
+    query = constant(query.reshape(1, heads, 1, size))
+    kernel, bias = dense_numbers(pool.key_value)
+    key = dense(kernel[:, :width])
+    value = dense(kernel[:, width:])
+    out, out_bias = dense_numbers(pool.proj)
+    proj = dense(out, out_bias + bias[width:] @ out)
+    first = dense(*after_norm(pool.norm, *dense_numbers(pool.mlp.fc1)))
+    second = dense(*dense_numbers(pool.mlp.fc2))
+    activate = gelu(pool.mlp)
+
+    def call(x):
+        import tensorflow as tf
+
+        def split(y, order):  # (B * T, D) -> (B, h, N, d) or (B, h, d, N)
+            y = tf.reshape(y, (batch_size, -1, heads, size))[:, prefix:]
+            return tf.transpose(y, order)
+
+        s = tf.reduce_sum(split(key(x), (0, 2, 1, 3)) * query, -1)  # (B, h, N)
+        s = tf.nn.softmax(s)[:, :, None]
+        y = tf.linalg.matmul(s, split(value(x), (0, 2, 3, 1)), transpose_b=True)
+        pooled = proj(tf.reshape(y, (batch_size, width)))
+        return pooled + second(activate(first(normed(central(pooled), pool.norm))))
+
+    return call

@@ -23,6 +23,7 @@ import numpy as np
 from . import edge, gate, images, quantize, sources, weights
 from .conversion import Report
 from .gate import format_of
+from .vit import PatchEncoder
 
 PHOTOS = 500  # of the validation part; enough to see a fifth of a point
 CALIBRATION = 64  # of the training part
@@ -101,12 +102,18 @@ def export(
     job = dict(
         batch_size=int(batch_size) if isinstance(batch_size, Integral) else batch_size,
         input=input,
-        min_agreement=min_agreement,
-        max_drop=max_drop,
-        keep_float=keep_float,
+        min_agreement=min_agreement if min_agreement is None else float(min_agreement),
+        max_drop=max_drop if max_drop is None else float(max_drop),
+        keep_float=list(keep_float) if isinstance(keep_float, set | tuple) else keep_float,
         sensitivity=sensitivity,
     )
     check_targets(targets, graph, **job)
+    if labels is not None and (photos is None or isinstance(photos, str)):
+        raise ValueError(
+            f"`labels` are those of `photos` in an array; photos={photos!r} bring their own."
+        )
+    if image_size is not None:
+        image_size = sides(image_size)
     source = sources.Source(preprocessing, names)
     if not isinstance(model, keras.Model):
         model, source = sources.open_keras_model(model, image_size)
@@ -122,17 +129,24 @@ def export(
     wanted = CALIBRATION if quantize == "int8-static" and calibration is None else 0
     if source.data and (photos is None or isinstance(photos, str) or wanted):
         try:
-            found = sources.photos_of(source, PHOTOS, wanted)
+            pixels, known, classes, samples, faults = sources.photos_of(source, PHOTOS, wanted)
         except (FileNotFoundError, ModuleNotFoundError) as error:  # the data moved away
             if wanted or isinstance(photos, str):
                 raise
             print(f"{error} The file is compared on embedded photos instead.")
         else:
             if photos is None or isinstance(photos, str):
-                photos, labels = found[:2]
-            calibration = found[2] if calibration is None else calibration
-            if found[3]:
-                print(f"Left out {len(found[3])} photos that cannot be read: {', '.join(found[3])}")
+                photos = pixels
+                if model.output_shape[1:] == (len(classes),):
+                    labels = known
+                else:
+                    print(
+                        f"{source.data} has {len(classes)} classes, the model's output is "
+                        f"{model.output_shape[1:]}: compared without accuracy."
+                    )
+            calibration = samples if calibration is None else calibration
+            if faults:
+                print(f"Left out {len(faults)} photos that cannot be read: {', '.join(faults)}")
     return export_all(
         model,
         targets,
@@ -175,7 +189,11 @@ def export_all(
     arrays = {"photos": photos, "labels": labels, "calibration": calibration}
     arrays = {name: np.asarray(x) for name, x in arrays.items() if x is not None}
     check_arrays(model, targets, names, **arrays)
+    asked = [name for name in ("min_agreement", "max_drop") if job.get(name) is not None]
+    if asked and model.output_shape[-1] < 2:
+        raise ValueError(f"{asked[0]}: one logit has no top-1 class, so nothing can disagree.")
     preprocessing = fitted(preprocessing, model)
+    names = None if names is None else [str(name) for name in names]
     if photos is None:
         arrays["photos"] = real_photos(model.input_shape[1:])
     with ExitStack() as stack:
@@ -218,7 +236,13 @@ def fitted(preprocessing, model):
     *size, channels = model.input_shape[1:]
     half = (0.5,) * channels
     found = preprocessing or images.Preprocessing(tuple(size), half, half)
-    return found._replace(size=tuple(size))
+    mean, std = (tuple(float(value) for value in values) for values in (found.mean, found.std))
+    if not len(mean) == len(std) == channels:
+        raise ValueError(
+            f"`preprocessing` needs a mean and a std for each of the model's {channels} channels; "
+            f"got {mean} and {std}."
+        )
+    return found._replace(size=tuple(size), mean=mean, std=std)
 
 
 def check_targets(
@@ -254,7 +278,7 @@ def check_targets(
     by_part = max_drop is not None or keep_float is not None or sensitivity
     for path, kind in targets.items():
         form = format_of(path)
-        if form is None:
+        if form is None or not path.name:
             raise ValueError(
                 f"Unknown format of {path}: expected a name that ends in .tflite, .onnx or .keras, "
                 "or a folder's name without suffix for a SavedModel."
@@ -322,6 +346,11 @@ def check_arrays(model, targets, names, photos=None, labels=None, calibration=No
                 f"{pixels.dtype} {pixels.shape}."
             )
     if labels is not None:
+        if len(model.output_shape) != 2 or classes < 2:
+            raise ValueError(
+                "`labels` are of a model with logits of two classes or more; the output of "
+                f"{model.name!r} is {model.output_shape[1:]}."
+            )
         count = 0 if photos is None else len(photos)
         whole = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
         if not whole or len(labels) != count or labels.min() < 0 or labels.max() >= classes:
@@ -333,8 +362,8 @@ def check_arrays(model, targets, names, photos=None, labels=None, calibration=No
         raise ValueError(f"The model has {classes} classes; got {len(names)} names.")
     if calibration is None and "int8-static" in targets.values():
         raise ValueError(
-            "int8-static needs photos of the training data: pass calibration=..., or export a "
-            "run's folder."
+            "int8-static needs photos of the training data: name them by photos (--photos "
+            "folder:PATH), pass calibration=..., or export a run's folder."
         )
 
 
@@ -345,6 +374,7 @@ def convert(work, progress):
         KERAS_BACKEND="tensorflow",
         CUDA_VISIBLE_DEVICES="-1",
         TF_CPP_MIN_LOG_LEVEL="3",
+        TMPDIR=str(work),  # a killed process cannot clear what it put elsewhere
     )
     code = "import sys; from keras_vitnt.conversion import main; main(sys.argv[1])"
     command = [sys.executable, "-c", code, str(work)]
@@ -409,13 +439,21 @@ def copy(model, dtype=None):
     return clone
 
 
-def resized(model, image_size):
-    """A `ViT`, `DeiT` or `TNT` for other images (height, width), its positions resampled."""
+def sides(image_size):
+    """(height, width) of an `image_size`, which is checked."""
     try:
         height, width = map(operator.index, image_size)
     except (TypeError, ValueError):
-        raise ValueError(f"`image_size` is (height, width); got {image_size!r}.") from None
-    if "encoder" not in {layer.name for layer in model.layers}:
+        height = width = 0
+    if min(height, width) < 1:
+        raise ValueError(f"`image_size` is (height, width), 1 or more; got {image_size!r}.")
+    return height, width
+
+
+def resized(model, image_size):
+    """A `ViT`, `DeiT` or `TNT` for other images (height, width), its positions resampled."""
+    height, width = image_size
+    if not any(isinstance(layer, PatchEncoder) for layer in model.layers):
         raise ValueError(
             f"image_size: only a ViT, DeiT or TNT of this package takes another; {model.name!r} "
             f"is for {model.input_shape[1:3]}."

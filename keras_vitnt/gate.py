@@ -2,6 +2,7 @@
 
 import os
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 FLOAT_TOLERANCE = 1e-4
 # Below this cosine of its logits with Keras' a quantised file is broken, not just less exact.
 LEAST_COSINE = 0.9
+FEW = 5
 
 
 class Comparison(NamedTuple):
@@ -22,7 +24,7 @@ class Comparison(NamedTuple):
         photos: how many.
         max_difference: largest absolute difference of a logit.
         largest_logit: largest absolute logit of the model, the scale of the former.
-        cosine: between the two sets of logits, the mean over photos.
+        cosine: between the two sets of logits, the mean over photos; of one logit over them all.
         agreement: share of photos with the same top-1 class.
         accuracy, keras_accuracy: share of photos that the file, and the model, get right; None
             without labels.
@@ -48,10 +50,13 @@ def compare(actual, expected, labels=None):
     """Logits of a file and of its model (photos, ...) -> a `Comparison`."""
     a = actual.reshape(len(actual), -1).astype("float64")
     b = expected.reshape(len(expected), -1).astype("float64")
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    photos = len(a)
     guessed, known = actual.argmax(-1), expected.argmax(-1)
+    if b.shape[1] == 1:  # the cosine of two numbers is 1 or -1: that of all photos' says more
+        a, b = a.T, b.T
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return Comparison(
-        len(a),
+        photos,
         float(np.abs(a - b).max()),
         float(np.abs(b).max()),
         float(((a * b).sum(1) / np.maximum(norms, 1e-30)).mean()),
@@ -83,12 +88,13 @@ def swapped(logits, labels, names):
     """Whether names and photos are mixed up: a sentence, or None.
 
     They are if 7 of 10 photos of some classes, or more, are taken for one another's, in a ring.
+    Classes of fewer than `FEW` photos prove nothing.
     """
     taken = {}
     for label in np.unique(labels):
         guesses = Counter(logits[labels == label].argmax(-1).tolist())
         guess, count = guesses.most_common(1)[0]
-        if 10 * count >= 7 * guesses.total():
+        if guesses.total() >= FEW and 10 * count >= 7 * guesses.total():
             taken[int(label)] = guess
     for label in taken:
         ring = [label]
@@ -103,8 +109,9 @@ def swapped(logits, labels, names):
 def structure(path):
     """What a LiteRT file consists of: a dict.
 
-    Keys: "operators" {name: count}, "partitions" (of XNNPACK), "faults" (the rules of structure
-    that are broken: list of str).
+    Keys: "operators" {name: count}, "partitions" (of XNNPACK), "whole" (whether the first of these
+    is all there is, but for the cast of pixels to float32), "faults" (the rules of structure that
+    are broken: list of str).
     """
     from ai_edge_litert import schema_py_generated as schema
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
@@ -112,15 +119,17 @@ def structure(path):
     def opened(**options):
         interpreter = Interpreter(str(path), **options)
         interpreter.allocate_tensors()
-        return interpreter, Counter(o["op_name"] for o in interpreter._get_ops_details())
+        return interpreter, interpreter._get_ops_details()
 
     try:
-        _, nodes = opened()
+        delegated, nodes = opened()
         plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         interpreter, operators = opened(experimental_op_resolver_type=plain)
     except (RuntimeError, ValueError) as error:  # an operator that the runtime does not have
         first = str(error).strip().splitlines()[0]
         return {"faults": [f"the interpreter refuses it: {first}"]}
+    operators = Counter(node["op_name"] for node in operators)
+    partitions = [node for node in nodes if node["op_name"] == "DELEGATE"]
     broken = []
     foreign = sorted(name for name in operators if name not in vars(schema.BuiltinOperator))
     if foreign:
@@ -134,9 +143,29 @@ def structure(path):
         broken.append(f"tensors of rank 5 or more: {', '.join(high[:3])}")
     return {
         "operators": dict(operators.most_common()),
-        "partitions": nodes["DELEGATE"],
+        "partitions": len(partitions),
+        "whole": bool(partitions) and is_whole(delegated, nodes, partitions[0]),
         "faults": broken,
     }
+
+
+def is_whole(interpreter, nodes, partition):
+    """Whether a partition gives the output, from the input or its cast."""
+
+    def indices(details):
+        return {int(detail["index"]) for detail in details}
+
+    def ends(node, name):
+        return {int(i) for i in node[name]}
+
+    given = indices(interpreter.get_input_details())
+    casts = [node for node in nodes if node["op_name"] == "CAST" and ends(node, "inputs") <= given]
+    given |= {i for node in casts for i in ends(node, "outputs")}
+    computed = {i for node in nodes for i in ends(node, "outputs")}
+    return (
+        indices(interpreter.get_output_details()) <= ends(partition, "outputs")
+        and ends(partition, "inputs") & computed <= given
+    )
 
 
 def open_model(path):
@@ -186,6 +215,8 @@ def format_of(path):
 def open_keras(path):
     from . import tnt, vit  # noqa: F401  registers the layers that the file names
 
+    if not zipfile.is_zipfile(path):
+        raise ValueError("damaged, or no .keras file: those are zip archives.")
     model = keras.models.load_model(path, compile=False)
     return (lambda x: model.predict(x, verbose=0)), tuple(model.input_shape[1:]), "float32"
 

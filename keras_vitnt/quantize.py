@@ -64,23 +64,32 @@ def pattern(part):
     return rf"(^|;){part}/" if part != "head" else rf"^(?!.*({PARTS.removesuffix('|head')})/)"
 
 
-def quantize(path, kind, keep=(), only=None, calibration=None):
-    """A float LiteRT file with smaller weights: bytes.
+def seen(path, samples):
+    """The ranges of a float LiteRT file's activations, for "int8-static".
+
+    They are the smallest and largest numbers: `Quantizer.calibrate` averages the photos' ranges, in
+    which the first photo weighs most, and outputs beyond the average are cut off.
 
     Args:
-        path: of the float file.
-        kind: "fp16": weights of 16 bits; "int8": weights of 8 bits per channel, activations
-            quantised as they come; "int8-static": activations too, in ranges seen before.
-        keep: parts that stay float.
-        only: the one part that shall not, or None for all.
-        calibration: for "int8-static", list of what the file's input takes.
+        path: of the file.
+        samples: list of what its input takes.
     """
+    from ai_edge_quantizer import calibrator, recipe_manager
+    from ai_edge_quantizer.utils import qsv_utils
+
+    manager = recipe_manager.RecipeManager()
+    manager.load_quantization_recipe(recipe(path, "int8-static").get_quantization_recipe())
+    found = calibrator.Calibrator(str(path), qsv_update_func=qsv_utils.min_max_update)
+    found.calibrate({"serving_default": [{"images": images} for images in samples]}, manager)
+    return found.get_model_qsvs()
+
+
+def recipe(path, kind, keep=(), only=None):
+    """A `Quantizer` that knows what to do with a file; see `quantize`."""
     from ai_edge_quantizer import quantizer
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
     from ai_edge_quantizer.qtyping import TFLOperationName
 
-    if set(parts(path)) <= set(keep):
-        return path.read_bytes()
     tool = quantizer.Quantizer(str(path))
     where = ".*" if only is None else pattern(only)
     for operation in (TFLOperationName.FULLY_CONNECTED, TFLOperationName.CONV_2D):
@@ -96,10 +105,23 @@ def quantize(path, kind, keep=(), only=None, calibration=None):
             tool.update_quantization_recipe(
                 pattern(part), operation, algorithm_key=AlgorithmName.NO_QUANTIZE
             )
-    ranges = None
-    if kind == "int8-static":
-        samples = [{"images": images} for images in calibration]
-        ranges = tool.calibrate({"serving_default": samples})
+    return tool
+
+
+def quantize(path, kind, keep=(), only=None, ranges=None):
+    """A float LiteRT file with smaller weights: bytes.
+
+    Args:
+        path: of the float file.
+        kind: "fp16": weights of 16 bits; "int8": weights of 8 bits per channel, activations
+            quantised as they come; "int8-static": activations too, in `ranges`.
+        keep: parts that stay float.
+        only: the one part that shall not, or None for all.
+        ranges: for "int8-static", those `seen`.
+    """
+    if set(parts(path)) <= set(keep):
+        return path.read_bytes()
+    tool = recipe(path, kind, keep, only)
     found = tool.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
     stem = "stem" not in keep and only in (None, "stem")
     return compact(bytes(found.quantized_model), kind if stem else None)
@@ -224,11 +246,11 @@ def packed(model):
     return bytes(builder.Output())
 
 
-def sensitivity(path, kind, evaluate, calibration=None, progress=lambda text: None):
+def sensitivity(path, kind, evaluate, ranges=None, progress=lambda text: None):
     """Quantise each part alone: a list of `Sensitivity`, the most harmful one first.
 
     Args:
-        path, kind, calibration: as in `quantize`.
+        path, kind, ranges: as in `quantize`.
         evaluate: function of a LiteRT file's bytes -> its logits (photos, classes).
         progress: called with a line before each part.
     """
@@ -238,7 +260,7 @@ def sensitivity(path, kind, evaluate, calibration=None, progress=lambda text: No
     names = parts(path)
     for i, part in enumerate(names):
         progress(f"Quantising {part} alone, {i + 1} of {len(names)}")
-        new = quantize(path, kind, only=part, calibration=calibration)
+        new = quantize(path, kind, only=part, ranges=ranges)
         logits = evaluate(new)
         noise = max(float(((logits - expected) ** 2).sum()), 1e-30)
         rows.append(
@@ -252,14 +274,14 @@ def sensitivity(path, kind, evaluate, calibration=None, progress=lambda text: No
     return sorted(rows, key=lambda row: row.decibels)
 
 
-def within(path, kind, rows, drop, limit, keep=(), calibration=None, progress=lambda text: None):
+def within(path, kind, rows, drop, limit, keep=(), ranges=None, progress=lambda text: None):
     """A small file that loses no more than `limit` points: (bytes, parts kept in float).
 
     For a network that loses more with all parts quantised. They are set free from that in the
     order of the noise they make for the bytes they save, as few as it takes, found by bisection.
 
     Args:
-        path, kind, keep, calibration: as in `quantize`.
+        path, kind, keep, ranges: as in `quantize`.
         rows: of `sensitivity`.
         drop: function of a file's bytes -> points it loses.
         limit: of these points.
@@ -275,7 +297,7 @@ def within(path, kind, rows, drop, limit, keep=(), calibration=None, progress=la
         count = (low + high) // 2
         progress(f"Keeping {count} of {len(order)} parts in float")
         kept = [*keep, *order[:count]]
-        new = quantize(path, kind, keep=kept, calibration=calibration)
+        new = quantize(path, kind, keep=kept, ranges=ranges)
         if drop(new) <= limit:
             good, high = (new, kept), count - 1
         else:

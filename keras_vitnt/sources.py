@@ -1,6 +1,7 @@
 """A run's folder, a file, a checkpoint or a hub name -> what is needed to run or export it."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,15 +35,21 @@ def recorded(file):
     `x.tflite.json` stands beside `x.tflite`, and a run's `metrics.json` beside all of its files.
     """
     own, run = file.with_name(f"{file.name}.json"), file.parent / "metrics.json"
-    if own.is_file():
-        found = json.loads(own.read_text())
-        return Source(images.Preprocessing(**found["preprocessing"]), found["names"])
-    if not run.is_file():
+    record = own if own.is_file() else run
+    if not record.is_file():
         return None
-    found = json.loads(run.read_text())
+    try:
+        found = json.loads(record.read_text())
+        preprocessing = images.Preprocessing(**found["preprocessing"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{record}, which stands beside {file.name}, is not what this package writes there "
+            f"({error!r}): move one of them."
+        ) from None
+    if record == own:
+        return Source(preprocessing, found.get("names"))
     labels = file.parent / "labels.txt"
     names = labels.read_text().splitlines() if labels.is_file() else None
-    preprocessing = images.Preprocessing(**found["preprocessing"])
     return Source(preprocessing, names, found.get("data"), found.get("data_dir"))
 
 
@@ -89,6 +96,8 @@ def open_keras_model(name, image_size=None):
         raise ValueError(
             f"{file}: expected a run's folder, a .keras file, a checkpoint or hf:OWNER/NAME."
         )
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{file} is damaged, or no .keras file: those are zip archives.")
     from . import tnt, vit  # noqa: F401  registers the layers that the file names
 
     try:
@@ -114,13 +123,16 @@ def photos_of(source, limit, calibration=0):
         limit: at most so many of the validation part; `calibration`: of the training part.
 
     Returns:
-        (uint8 (P, H, W, 3), labels (P,) as `source.names` counts them, uint8 (Q, H, W, 3) or None,
-        list of str that names photos which cannot be read).
+        (uint8 (P, H, W, 3), labels (P,), names of the classes as these count them, those of
+        `source` if it has some, uint8 (Q, H, W, 3) or None, list of str that names photos which
+        cannot be read).
 
     Raises:
         ValueError: if the data has other classes.
     """
     train, validation, classes = datasets.load_dataset(source.data, source.data_dir)
+    if calibration and not len(train.labels):
+        raise ValueError(f"{source.data} leaves no photos for training: none to calibrate on.")
     names = source.names or classes
     if sorted(names) != sorted(classes):
         raise ValueError(
@@ -136,6 +148,6 @@ def photos_of(source, limit, calibration=0):
     pixels, labels, faults = decoded(validation, limit)
     labels = np.array([names.index(classes[label]) for label in labels])
     if not calibration:
-        return pixels, labels, None, faults
+        return pixels, labels, names, None, faults
     samples, _, more = decoded(train, calibration)
-    return pixels, labels, samples, faults + more
+    return pixels, labels, names, samples, faults + more

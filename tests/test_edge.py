@@ -56,7 +56,7 @@ def test_the_lean_graph_computes_the_same(case, panels, small_panels):
 )
 def test_wide_products_have_panels(builder, size, heads, count):
     """Of 192 hidden columns or some more; heads of 32 or 64 are panels, those of 48 are not."""
-    model = builder(size, depth=1, input_shape=(16, 16, 3))
+    model = builder(size, depth=2, input_shape=(16, 16, 3))
     block = model.get_layer("block00")
     block = getattr(block, "outer", block)
     assert edge_vit.heads_are_panels(block.attention) == heads
@@ -121,10 +121,17 @@ def test_no_score_is_larger_than_what_decides_for_exponentials():
         assert 0.3 * largest < np.abs(products).max() <= largest
 
 
-@pytest.mark.parametrize("factor, operation", [(1, "Exp"), (100, "Softmax")])
-def test_words_share_by_exponentials_where_those_are_small(factor, operation):
+@pytest.mark.parametrize(
+    "factor, beyond, operation",
+    [(1, None, "Exp"), (100, None, "Softmax"), (1, -1e-6, "Exp"), (1, 1e-6, "Softmax")],
+)
+def test_words_share_by_exponentials_where_those_are_small(factor, beyond, operation, monkeypatch):
+    """Or where 4 words' exponentials of the largest score would sum to nearly, or just, 6e4."""
     import tensorflow as tf
 
+    if beyond:
+        largest = np.log(6e4) - np.log(4) + beyond
+        monkeypatch.setattr(edge_tnt, "largest_score", lambda *numbers: largest)
     model = settle(models.TNT(**TNT))
     for i in range(2):
         qkv = model.get_layer(f"block{i:02d}").inner.attention.qkv

@@ -118,8 +118,10 @@ def test_every_format_quantisation_and_input(tmp_path):
             close = 1e-5 if exact else 0.01 if report.quantize == "fp16" else 0.3
             outputs = numbers(report.path, photos, preprocessing)
             np.testing.assert_allclose(outputs, expected, atol=close * np.abs(expected).max())
-            if report.format == "litert" and graph == "lean":
-                assert report.structure["partitions"] == 1 or report.quantize == "int8-static"
+            if report.format == "litert" and graph == "lean" and report.quantize != "int8-static":
+                assert report.structure["partitions"] == 1 and report.structure["whole"]
+            assert report.milliseconds > 0
+            assert (report.float_milliseconds or 0) > 0 or not report.quantize
             record = json.loads((folder / f"{report.path.name}.json").read_text())
             assert record["comparison"]["max_difference"] == report.comparison.max_difference
             assert record["names"] == list("abc") and record["bytes"] == report.bytes
@@ -169,6 +171,8 @@ def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
     vector, tokens = base.output, models.ViT(**VIT, include_top=False)
     named = dict(activation="softmax", name="head")
     mean = keras.layers.GlobalAveragePooling1D(name="pool")(tokens.output)
+    one, gray = models.ViT(**dict(VIT, classes=1)), images.Preprocessing((8, 12), (0.5,), (0.5,))
+    layered = models.ViT(**VIT, classifier_activation=keras.layers.Softmax())
     wrong = [
         (both, "saved_model", {}, "one input and one output.* has 1 and 2"),
         (keras.Sequential([keras.layers.Flatten()]), "saved_model", {}, "has 0 and 0"),
@@ -193,7 +197,14 @@ def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
         (model, "x.tflite", {"quantize": "int8", "max_drop": -1}, "0 or more.*got -1"),
         (model, "x.tflite", {"quantize": "int8", "keep_float": "head"}, "a list.*got 'head'"),
         (model, "x.tflite", {"quantize": "int8", "keep_float": ["hat"]}, "no part 'hat' to keep"),
-        (model, "x.tflite", {"labels": [0, 1]}, r"got int64 \(2,\) for 0 photos"),
+        (model, "x.tflite", {"labels": [0, 1]}, "those of `photos` in an array; photos=None"),
+        (model, "x.tflite", {"labels": [0], "photos": "embedded"}, "bring their own"),
+        (tokens, "x.tflite", {"photos": photos, "labels": [0, 1]}, r"is \(7, 16\)"),
+        (one, "x.tflite", {"min_agreement": 0.9}, "one logit has no top-1 class"),
+        (one, "x.tflite", {"photos": photos, "labels": [0, 0]}, "two classes or more"),
+        (model, "x.tflite", {"preprocessing": gray}, r"3 channels; got \(0.5,\)"),
+        (model, "x.tflite", {"image_size": (0, 8)}, r"1 or more; got \(0, 8\)"),
+        (layered, "x.tflite", {}, "ends in <Softmax"),
         (model, "x.tflite", {"photos": photos, "labels": [0, 9]}, r"0 to 2 for each.*\[0 9\]"),
         (model, "x.tflite", {"photos": photos, "labels": np.eye(2)}, r"got float64 \(2, 2\)"),
         (model, "x.tflite", {"photos": photos[:0]}, r"got uint8 \(0, 8, 12, 3\)"),
@@ -219,6 +230,8 @@ def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file is a file; a SavedModel"):
         export(model, tmp_path / "file")
+    with pytest.raises(ValueError, match="Unknown format"):
+        export(model, ".")
     with pytest.raises(OSError, match="Cannot write .*x.tflite"):
         export(model, tmp_path / "file" / "x.tflite")
 
@@ -256,6 +269,13 @@ def test_the_gate_finds_planted_faults_of_structure(tmp_path):
         (1, 4),
     )
     assert found["faults"] == [] and found["partitions"] == 2
+    for function, whole in [
+        (lambda x: x @ square, True),
+        (lambda x: tf.cumsum(x @ square, 1), False),
+        (lambda x: tf.cumsum(x, 1) @ square, False),
+    ]:
+        found = litert(path, function, (1, 4))
+        assert found["partitions"] == 1 and found["whole"] == whole
 
 
 @pytest.mark.conversion
@@ -349,6 +369,55 @@ def test_labels_in_a_ring_are_found_and_a_bad_model_is_not_blamed():
     assert gate.swapped(logits, labels, "abcd") is None
     assert "'b', 'd', 'c' are taken" in gate.swapped(logits, np.array([0, 2, 3, 1])[labels], "abcd")
     assert gate.swapped(np.eye(4)[0 * labels], labels, "abcd") is None  # all for one class
+    assert gate.swapped(np.eye(3)[[1, 0]], np.array([0, 1]), "abc") is None  # too few to tell
+
+
+def test_one_logit_is_compared_over_all_photos():
+    logits = np.array([[1.0], [-2.0], [0.001]])
+    near = gate.compare(logits - 0.002, logits)  # turns the sign of the last
+    assert near.cosine > 0.999 and near.photos == 3
+    assert gate.compare(-logits, logits).cosine == -1
+
+
+@pytest.mark.conversion
+def test_static_ranges_are_those_of_all_photos(tmp_path):
+    """Whatever their order, and however dark the first one is."""
+    model = settle(models.ViT(**VIT))
+    photos = real_photos((8, 12, 3), 16)
+    photos[0] = 0
+
+    def compared(calibration):
+        return converted(model, ["int8-static"], tmp_path, photos[1:], calibration)[0]["comparison"]
+
+    found = compared(photos)
+    assert found == compared(photos[::-1])
+    assert found["max_difference"] < 0.05 * found["largest_logit"]
+    with pytest.raises(conversion.Refused, match="cosine"):  # which shows that the ranges count
+        compared(photos[:1])
+
+
+@pytest.mark.conversion
+def test_other_networks_may_have_layers_of_our_names(tmp_path):
+    layers = [keras.Input((8, 12, 3)), keras.layers.Conv2D(4, 3, name="block1_conv1")]
+    model = keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D()])
+    export_all(model, {tmp_path / "saved_model": None, tmp_path / "x.keras": None})
+    (found,) = export_all(model, {tmp_path / "x.tflite": None}, "plain")
+    assert found.comparison.max_difference < 1e-5
+
+
+@pytest.mark.conversion
+def test_what_the_runtime_lacks_is_named(tmp_path):
+    layers = [keras.Input((8, 12, 3)), keras.layers.GlobalAveragePooling2D()]
+    model = keras.Sequential(layers)
+    model = keras.Model(model.inputs, keras.ops.erfinv(0.1 * model.outputs[0]))
+    with pytest.raises(RuntimeError, match="operators beyond the built-in ones: Erfinv"):
+        export(model, tmp_path / "x.tflite", graph="plain")
+    model = settle(models.ViT(**VIT))
+    bias = model.get_layer("head").bias
+    bias.assign(numpy(bias) * np.nan)
+    with pytest.raises(RuntimeError, match="its own outputs .* are not all finite"):
+        export(model, tmp_path / "x.tflite")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.conversion
@@ -444,7 +513,8 @@ def test_positions_are_narrowed_with_the_stem_of_a_lean_graph(tmp_path):
 def test_bisection_finds_the_smallest_file(tmp_path, monkeypatch):
     """Parts whose quantisation loses points: those, and no others, are kept."""
     rows = [quantize.Sensitivity(part, 100, noise, 1.0) for part, noise in zip("abcdef", range(6))]
-    monkeypatch.setattr(quantize, "quantize", lambda path, kind, keep, calibration: keep)
+    rows[5] = quantize.Sensitivity("f", 1000, -3.0, 1.0)  # loudest, but loud for many bytes
+    monkeypatch.setattr(quantize, "quantize", lambda path, kind, keep, ranges: keep)
     for harmful in ("a", "abc", "abcdef"):
 
         def drop(kept, harmful=harmful):
@@ -458,11 +528,13 @@ def test_bisection_finds_the_smallest_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_an_interrupted_export_leaves_nothing(name, signs, tmp_path):
     """After the files are written, and before they have passed, which takes seconds."""
-    folder = tmp_path / "out"
+    folder, temporary = tmp_path / "out", tmp_path / "temporary"
+    temporary.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "keras_vitnt", "export", signs, folder / "saved_model"],
         stderr=subprocess.PIPE,
         text=True,
+        env=dict(os.environ, TMPDIR=str(temporary)),
         # Tests that run in a shell's background inherit that Ctrl-C is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
@@ -482,6 +554,7 @@ def test_an_interrupted_export_leaves_nothing(name, signs, tmp_path):
     else:
         assert process.returncode == 1 and told.strip().endswith("keras-vitnt: stopped")
         assert not list(folder.iterdir()) and not running(child)
+        assert not list(temporary.iterdir())
 
 
 def running(pid):
@@ -556,5 +629,8 @@ def test_photos_come_from_a_data_set_and_faults_are_named(signs, tmp_path, passe
     told = capsys.readouterr().out
     assert "no folder at moved" in told and "embedded photos instead" in told
     assert passed_on[-1][1]["photos"] is None
+    export(models.ViT(**dict(VIT, classes=3)), tmp_path / "other.tflite", photos="embedded")
+    assert "10 classes, the model's output is (3,): compared without" in capsys.readouterr().out
+    assert passed_on[-1][1]["labels"] is None and len(passed_on[-1][1]["photos"]) > 100
     with pytest.raises(FileNotFoundError, match="no folder at elsewhere"):
         export(signs, tmp_path / "other.tflite", photos="folder:elsewhere")

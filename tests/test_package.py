@@ -30,7 +30,8 @@ ALLOWED = {
     "sources": {"checkpoints", "datasets", "gate", "images", "pretrained", "tnt", "vit"},
     "conversion": {"edge", "gate", "images", "quantize", "tnt", "vit"},
     "export": {
-        *("conversion", "datasets", "edge", "gate", "images", "quantize", "sources", "weights")
+        *("conversion", "datasets", "edge", "gate", "images", "quantize", "sources", "vit"),
+        "weights",
     },
     "runs": {"explain", "export", "images", "report", "sources"},
     "explain": {"tnt", "vit"},
