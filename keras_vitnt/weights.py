@@ -519,7 +519,10 @@ def save_weights(model, path, names="timm", preprocessing=None):
         facts = {"format": "pt", **describe(model)}
         if preprocessing:
             facts["preprocessing"] = json.dumps(preprocessing._asdict())
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(arrays, partial, facts)
+        partial.chmod(mode)  # safetensors' own files are readable for their owner alone
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

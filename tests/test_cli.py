@@ -245,3 +245,40 @@ def test_a_photo_that_is_none_is_named(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (9, 9)).save(tmp_path / "y.png")
     run(monkeypatch, "predict", tmp_path / "model.keras", tmp_path / "y.png")
     assert "class 0" in capsys.readouterr().out
+
+
+DAMAGED = {
+    "a text": ("model.keras", "no model", "damaged, or no .keras file"),
+    "foreign metrics": ("metrics.json", '{"loss": 0.3}', "metrics.json, which stands beside"),
+    "a cut record": ("model.keras.json", '{"names": [', "model.keras.json, which stands beside"),
+    "another record": ("model.keras.json", "[1, 2]", "is not what this package writes there"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_run_is_named(case, photos, tmp_path, monkeypatch, capsys):
+    name, text, message = DAMAGED[case]
+    models.ViT("Nano/8", input_shape=(8, 8, 3), classes=2).save(tmp_path / "model.keras")
+    (tmp_path / name).write_text(text)
+    for command in (["predict", tmp_path, "x.jpg"], ["export", tmp_path, tmp_path / "x.tflite"]):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, *command)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "x.tflite").exists()
+
+
+def test_other_classes_are_not_scored(photos, tmp_path, monkeypatch, capsys):
+    models.ViT("Nano/8", input_shape=(8, 8, 3), classes=3).save(tmp_path / "model.keras")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "evaluate", tmp_path, "--data", f"folder:{photos}")
+    assert "gives (3,) for each photo" in capsys.readouterr().err
+
+
+def test_calibration_needs_photos_of_the_training_part(tmp_path, monkeypatch, capsys):
+    models.ViT("Nano/8", input_shape=(8, 8, 3), classes=2).save(tmp_path / "model.keras")
+    for label in "ab":
+        write_photos(tmp_path / "few" / label, ["0.png"])
+    options = ["--quantize", "int8-static", "--photos", f"folder:{tmp_path / 'few'}"]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "export", tmp_path, tmp_path / "x.tflite", *options)
+    assert "leaves no photos for training" in capsys.readouterr().err

@@ -338,6 +338,9 @@ def test_timm_names_come_back_bitwise(case, tmp_path):
     model = builder(**options)
     load_weights(model, weights_file(case))
     written = save_weights(model, tmp_path / "again.safetensors")
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "again.safetensors", tmp_path / "other")}
+    assert len(modes) == 1  # readable for whom other new files are
     source, again = load_file(weights_file(case)), load_file(tmp_path / "again.safetensors")
     assert source.keys() == again.keys() == written.keys()
     for name in source:
