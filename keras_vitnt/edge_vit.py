@@ -237,11 +237,8 @@ def attention(layer, norm, scale, images):
             return tf.transpose(tf.reshape(y, (*image, -1, heads, y.shape[-1] // heads)), order)
 
         x = normed(x, norm)
-        q, k, v = (
-            query(x),
-            key(x),
-            split(value(x), turned),
-        )  # XNNPACK packs a transposed right side fast
+        q, k, v = query(x), key(x), split(value(x), turned)
+        # XNNPACK packs a transposed right side fast.
         y = tf.linalg.matmul(scores(split(q, order), split(k, order)), v, transpose_b=True)
         return proj(tf.reshape(tf.transpose(y, order), q.shape))
 
@@ -278,9 +275,8 @@ def attention_of_few(layer, norm, scale, images, rows):
     heads = layer.num_heads
     query, key, value, after = attention_numbers(layer, norm, scale)
     query, key, value, proj = dense(*query), dense(key.T), dense(value), dense(*centred(*after))
-    own = constant(
-        np.repeat(np.eye(heads), layer.qkv.units // 3 // heads, axis=1)
-    )  # columns of each
+    # Ones in each head's columns.
+    own = constant(np.repeat(np.eye(heads), layer.qkv.units // 3 // heads, axis=1))
 
     def call(x):
         import tensorflow as tf
