@@ -215,7 +215,7 @@ class Worker:
                 np.resize(found[i : i + size], (size, *found.shape[1:]))
                 for i in range(0, len(found), size)
             ]
-            ranges = quantize.seen(whole, samples)
+            ranges = quantize.activation_ranges(whole, samples)
         keep = self.job.get("keep_float")
         if keep is None:
             keep = [] if kind == "fp16" else quantize.float_by_default(whole)

@@ -22,6 +22,8 @@ is rewritten, exactly up to rounding:
 * prefix tokens and positions are one constant; the pooling query is a constant;
 * uint8 pixels are normalised by the weights of the patch projection.
 
+Here stand the whole, its head and the models it is for; `edge_vit` and `edge_tnt` hold the parts.
+
 B images, T tokens, N patches, D width; M words per patch, c inner width, h heads, d of each.
 """
 

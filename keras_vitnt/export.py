@@ -100,11 +100,11 @@ def export(
     """
     targets = {Path(path): quantize}
     job = dict(
-        batch_size=int(batch_size) if isinstance(batch_size, Integral) else batch_size,
+        batch_size=batch_size,
         input=input,
-        min_agreement=min_agreement if min_agreement is None else float(min_agreement),
-        max_drop=max_drop if max_drop is None else float(max_drop),
-        keep_float=list(keep_float) if isinstance(keep_float, set | tuple) else keep_float,
+        min_agreement=min_agreement,
+        max_drop=max_drop,
+        keep_float=keep_float,
         sensitivity=sensitivity,
     )
     check_targets(targets, graph, **job)
@@ -193,7 +193,6 @@ def export_all(
     if asked and model.output_shape[-1] < 2:
         raise ValueError(f"{asked[0]}: one logit has no top-1 class, so nothing can disagree.")
     preprocessing = fitted(preprocessing, model)
-    names = None if names is None else [str(name) for name in names]
     if photos is None:
         arrays["photos"] = real_photos(model.input_shape[1:])
     with ExitStack() as stack:
@@ -214,7 +213,7 @@ def export_all(
         ]
         job |= {"graph": graph, "files": files, "preprocessing": preprocessing}
         job |= {"names": names, "check_labels": check_labels}
-        (work / "job.json").write_text(json.dumps(job))
+        (work / "job.json").write_text(json.dumps(job, default=as_list))
         with Console(stderr=True).status("Starting TensorFlow") as status:
             convert(work, status.update)
         reports = []
@@ -236,13 +235,17 @@ def fitted(preprocessing, model):
     *size, channels = model.input_shape[1:]
     half = (0.5,) * channels
     found = preprocessing or images.Preprocessing(tuple(size), half, half)
-    mean, std = (tuple(float(value) for value in values) for values in (found.mean, found.std))
-    if not len(mean) == len(std) == channels:
+    if not len(found.mean) == len(found.std) == channels:
         raise ValueError(
             f"`preprocessing` needs a mean and a std for each of the model's {channels} channels; "
-            f"got {mean} and {std}."
+            f"got {found.mean} and {found.std}."
         )
-    return found._replace(size=tuple(size), mean=mean, std=std)
+    return found._replace(size=tuple(size))
+
+
+def as_list(x):
+    """What JSON does not know, NumPy's numbers and arrays and sets, as what it does."""
+    return x.tolist() if hasattr(x, "tolist") else list(x)
 
 
 def check_targets(
@@ -420,7 +423,7 @@ def record(report, preprocessing, names):
     found["comparison"] = report.comparison and report.comparison._asdict()
     found["sensitivity"] = [row._asdict() for row in report.sensitivity]
     found["preprocessing"] = preprocessing._asdict()
-    return json.dumps(found, indent=2) + "\n"
+    return json.dumps(found, indent=2, default=as_list) + "\n"
 
 
 def copy(model, dtype=None):

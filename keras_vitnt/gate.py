@@ -14,7 +14,8 @@ import numpy as np
 FLOAT_TOLERANCE = 1e-4
 # Below this cosine of its logits with Keras' a quantised file is broken, not just less exact.
 LEAST_COSINE = 0.9
-FEW = 5
+# A class of fewer photos may be taken for another by chance.
+LEAST_PHOTOS = 5
 
 
 class Comparison(NamedTuple):
@@ -88,13 +89,13 @@ def swapped(logits, labels, names):
     """Whether names and photos are mixed up: a sentence, or None.
 
     They are if 7 of 10 photos of some classes, or more, are taken for one another's, in a ring.
-    Classes of fewer than `FEW` photos prove nothing.
+    Classes of fewer than `LEAST_PHOTOS` photos prove nothing.
     """
     taken = {}
     for label in np.unique(labels):
         guesses = Counter(logits[labels == label].argmax(-1).tolist())
         guess, count = guesses.most_common(1)[0]
-        if guesses.total() >= FEW and 10 * count >= 7 * guesses.total():
+        if guesses.total() >= LEAST_PHOTOS and 10 * count >= 7 * guesses.total():
             taken[int(label)] = guess
     for label in taken:
         ring = [label]
@@ -212,12 +213,17 @@ def format_of(path):
     return known.get(Path(path).suffix)
 
 
-def open_keras(path):
+def load_keras(path):
+    """The model of a `.keras` file, opened in Keras' safe mode."""
     from . import tnt, vit  # noqa: F401  registers the layers that the file names
 
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(path):  # of which Keras would say that it is not there
         raise ValueError("damaged, or no .keras file: those are zip archives.")
-    model = keras.models.load_model(path, compile=False)
+    return keras.models.load_model(path, compile=False)
+
+
+def open_keras(path):
+    model = load_keras(path)
     return (lambda x: model.predict(x, verbose=0)), tuple(model.input_shape[1:]), "float32"
 
 

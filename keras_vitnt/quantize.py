@@ -64,7 +64,7 @@ def pattern(part):
     return rf"(^|;){part}/" if part != "head" else rf"^(?!.*({PARTS.removesuffix('|head')})/)"
 
 
-def seen(path, samples):
+def activation_ranges(path, samples):
     """The ranges of a float LiteRT file's activations, for "int8-static".
 
     They are the smallest and largest numbers: `Quantizer.calibrate` averages the photos' ranges, in
@@ -78,14 +78,14 @@ def seen(path, samples):
     from ai_edge_quantizer.utils import qsv_utils
 
     manager = recipe_manager.RecipeManager()
-    manager.load_quantization_recipe(recipe(path, "int8-static").get_quantization_recipe())
+    manager.load_quantization_recipe(quantizer_of(path, "int8-static").get_quantization_recipe())
     found = calibrator.Calibrator(str(path), qsv_update_func=qsv_utils.min_max_update)
     found.calibrate({"serving_default": [{"images": images} for images in samples]}, manager)
     return found.get_model_qsvs()
 
 
-def recipe(path, kind, keep=(), only=None):
-    """A `Quantizer` that knows what to do with a file; see `quantize`."""
+def quantizer_of(path, kind, keep=(), only=None):
+    """ai-edge-quantizer's `Quantizer` of a file, told what to do; see `quantize`."""
     from ai_edge_quantizer import quantizer
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
     from ai_edge_quantizer.qtyping import TFLOperationName
@@ -117,11 +117,11 @@ def quantize(path, kind, keep=(), only=None, ranges=None):
             quantised as they come; "int8-static": activations too, in `ranges`.
         keep: parts that stay float.
         only: the one part that shall not, or None for all.
-        ranges: for "int8-static", those `seen`.
+        ranges: for "int8-static", see `activation_ranges`.
     """
     if set(parts(path)) <= set(keep):
         return path.read_bytes()
-    tool = recipe(path, kind, keep, only)
+    tool = quantizer_of(path, kind, keep, only)
     found = tool.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
     stem = "stem" not in keep and only in (None, "stem")
     return compact(bytes(found.quantized_model), kind if stem else None)

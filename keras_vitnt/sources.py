@@ -1,16 +1,14 @@
 """A run's folder, a file, a checkpoint or a hub name -> what is needed to run or export it."""
 
 import json
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import keras
 import numpy as np
 
 from . import datasets, images, pretrained
 from .checkpoints import is_checkpoint
-from .gate import open_model
+from .gate import load_keras, open_model
 
 
 class Source(NamedTuple):
@@ -96,12 +94,8 @@ def open_keras_model(name, image_size=None):
         raise ValueError(
             f"{file}: expected a run's folder, a .keras file, a checkpoint or hf:OWNER/NAME."
         )
-    if not zipfile.is_zipfile(file):
-        raise ValueError(f"{file} is damaged, or no .keras file: those are zip archives.")
-    from . import tnt, vit  # noqa: F401  registers the layers that the file names
-
     try:
-        model = keras.models.load_model(file, compile=False)
+        model = load_keras(file)
     except Exception as error:  # Keras has many kinds
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(f"{file} cannot be read: {first}") from error

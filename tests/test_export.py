@@ -406,6 +406,24 @@ def test_other_networks_may_have_layers_of_our_names(tmp_path):
 
 
 @pytest.mark.conversion
+def test_arguments_may_be_of_numpy(tmp_path):
+    half = np.full(3, 0.5, "float32")
+    found = export(
+        settle(models.ViT(**VIT)),
+        tmp_path / "x.tflite",
+        "int8",
+        batch_size=np.int64(2),
+        preprocessing=images.Preprocessing((8, 12), half, half),
+        names=np.array(["a", "b", "c"]),
+        min_agreement=np.float32(0.1),
+        keep_float={"stem"},
+    )
+    record = json.loads((tmp_path / "x.tflite.json").read_text())
+    assert record["names"] == ["a", "b", "c"] and record["preprocessing"]["mean"] == [0.5] * 3
+    assert record["batch_size"] == 2 and found.kept == ["stem"]
+
+
+@pytest.mark.conversion
 def test_what_the_runtime_lacks_is_named(tmp_path):
     layers = [keras.Input((8, 12, 3)), keras.layers.GlobalAveragePooling2D()]
     model = keras.Sequential(layers)
