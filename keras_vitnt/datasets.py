@@ -5,6 +5,7 @@ Names: "embedded" (the hand signs in this package), "folder:PATH" and "tfds:NAME
 
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,12 +76,17 @@ def load_dataset(name="embedded", data_dir=None):
 
 
 def split(photos, fraction=0.2, seed=0):
-    """Split photos in two, stratified, the same way each time: (1 - fraction, fraction)."""
+    """Split photos in two, stratified, the same way each time: (1 - fraction, fraction).
+
+    What is no image stays in the first part: a few strange files shall not be all that a small
+    class has in the second.
+    """
     rng = np.random.default_rng(seed)
     held_out = np.zeros(len(photos.labels), bool)
     for label in np.unique(photos.labels):
         members = rng.permutation(np.flatnonzero(photos.labels == label))
-        held_out[members[: max(round(fraction * len(members)), 1)]] = True
+        readable = (i for i in members if images.is_image(photos.sources[i]))
+        held_out[list(islice(readable, max(round(fraction * len(members)), 1)))] = True
     return photos.take(np.flatnonzero(~held_out)), photos.take(np.flatnonzero(held_out))
 
 
@@ -210,9 +216,9 @@ def decode_all(photos, preprocessing, progress=None):
         raise ValueError(
             f"{len(faults)} of {len(results)} files cannot be read as images, such as: {faults[0]}"
         )
-    lost = set(photos.labels) - set(photos.labels[good])
-    if lost:
-        raise ValueError(f"A class has no readable photo left; among the faults: {faults[0]}")
+    for label in set(photos.labels) - set(photos.labels[good]):
+        fault = results[np.flatnonzero(photos.labels == label)[0]][1]
+        raise ValueError(f"A class has no readable photo left: {fault}")
     return photos._replace(sources=[source for source, _ in results]).take(good), faults
 
 
@@ -258,7 +264,7 @@ class Batches(keras.utils.PyDataset):
             np.random.default_rng((self.seed, self.epoch)).shuffle(self.order)
 
     def pixels(self, i):
-        """Photo i as the model's size has it, uint8 (H, W, 3)."""
+        """Photo i as the model's size has it, uint8 (H, W, C)."""
         source = self.photos.sources[i]
         if isinstance(source, np.ndarray) and source.shape[:2] == tuple(self.preprocessing.size):
             return source
@@ -284,8 +290,7 @@ class Batches(keras.utils.PyDataset):
 
         def read(index):
             x, y = tf.numpy_function(self.__getitem__, [index], [tf.float32, tf.int32])
-            return tf.ensure_shape(x, (None, *self.preprocessing.size, 3)), tf.ensure_shape(
-                y, (None,)
-            )
+            shape = (None, *self.preprocessing.size, len(self.preprocessing.mean))
+            return tf.ensure_shape(x, shape), tf.ensure_shape(y, (None,))
 
         return tf.data.Dataset.range(len(self)).map(read).prefetch(2)

@@ -233,8 +233,7 @@ def export_all(
 def fitted(preprocessing, model):
     """The `images.Preprocessing` at a model's size; pixels in -1..1 if none is given."""
     *size, channels = model.input_shape[1:]
-    half = (0.5,) * channels
-    found = preprocessing or images.Preprocessing(tuple(size), half, half)
+    found = preprocessing or images.symmetric(model.input_shape[1:])
     if not len(found.mean) == len(found.std) == channels:
         raise ValueError(
             f"`preprocessing` needs a mean and a std for each of the model's {channels} channels; "

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 MAX_PIXELS = 64_000_000  # a decompression bomb is refused before it is decoded
+MODES = {1: "L", 3: "RGB"}  # PIL's name for what has so many channels
 
 
 class Preprocessing(NamedTuple):
@@ -17,7 +18,7 @@ class Preprocessing(NamedTuple):
 
     Attributes:
         size: (height, width) in pixels.
-        mean, std: per channel, for pixels in 0..1: (x / 255 - mean) / std.
+        mean, std: per channel, for pixels in 0..1: (x / 255 - mean) / std; one channel is grey.
         crop: the centre part of the resized image that is kept (timm: `crop_pct`).
         interpolation: "bicubic" or "bilinear", both antialiased.
         squash: resize to the size whatever the proportions, instead of covering it.
@@ -31,11 +32,17 @@ class Preprocessing(NamedTuple):
     squash: bool = False
 
 
+def symmetric(shape):
+    """The `Preprocessing` of pixels in -1..1, for images of a shape (H, W, C)."""
+    half = (0.5,) * shape[2]
+    return Preprocessing(tuple(shape[:2]), half, half)
+
+
 def decode(source):
     """Decode a photo fully, upright, as an RGB `PIL.Image`.
 
     Args:
-        source: path, encoded bytes, `PIL.Image`, or uint8 array (H, W, 3) or (H, W).
+        source: path, encoded bytes, `PIL.Image`, or uint8 array (H, W, 3), (H, W, 1) or (H, W).
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -45,7 +52,8 @@ def decode(source):
 
     name = "the image"
     if isinstance(source, np.ndarray):
-        return Image.fromarray(source).convert("RGB")
+        grey = source.ndim == 3 and source.shape[2] == 1
+        return Image.fromarray(source[..., 0] if grey else source).convert("RGB")
     if isinstance(source, str | Path):
         name = str(source)
         if not Path(source).is_file():
@@ -61,13 +69,34 @@ def decode(source):
         raise ValueError(f"{name} cannot be read: {reason}") from error
 
 
+def is_image(source):
+    """Whether what `decode` takes begins as an image does; the rest may be missing."""
+    from PIL import Image
+
+    if not isinstance(source, str | Path | bytes):
+        return True
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source):
+            return True
+    except Exception:  # as in `decode`
+        return False
+
+
 def fit(image, preprocessing):
-    """Resize a PIL image as `preprocessing` says and cut the centre: uint8 (H, W, 3).
+    """Resize a PIL image as `preprocessing` says and cut the centre: uint8 (H, W, 3) or (H, W, 1).
 
     Sides and offsets are rounded as torchvision rounds them, which timm uses.
+
+    Raises:
+        ValueError: if the model takes neither grey nor coloured photos.
     """
     from PIL import Image
 
+    channels = len(preprocessing.mean)
+    if channels not in MODES:
+        raise ValueError(f"Photos have 1 channel (grey) or 3; the model takes {channels}.")
+    if image.mode != MODES[channels]:
+        image = image.convert(MODES[channels])
     height, width = preprocessing.size
     rows, columns = (int(side / preprocessing.crop) for side in preprocessing.size)
     if not preprocessing.squash:  # one side fits, the other exceeds
@@ -78,18 +107,19 @@ def fit(image, preprocessing):
     if (columns, rows) != image.size:
         image = image.resize((columns, rows), Image.Resampling[preprocessing.interpolation.upper()])
     left, top = round((columns - width) / 2), round((rows - height) / 2)
-    return np.asarray(image.crop((left, top, left + width, top + height)))
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)))
+    return pixels.reshape(height, width, channels)
 
 
 def normalize(pixels, preprocessing):
-    """uint8 pixels (..., 3) -> float32, normalised per channel."""
+    """uint8 pixels (..., C) -> float32, normalised per channel."""
     mean = 255 * np.asarray(preprocessing.mean, "float32")
     scale = 1 / (255 * np.asarray(preprocessing.std, "float32"))
     return (np.asarray(pixels, "float32") - mean) * scale
 
 
 def load(source, preprocessing):
-    """A photo as a model's input: float32 (H, W, 3).
+    """A photo as a model's input: float32 (H, W, 3), or (H, W, 1) in grey.
 
     Args:
         source: as in `decode`.

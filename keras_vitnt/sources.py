@@ -65,7 +65,7 @@ def open_function(name):
         return (lambda x: model.predict(x, verbose=0)), source, "float32"
     file = file_of(name)
     run, shape, dtype = open_model(file)
-    source = recorded(file) or Source(images.Preprocessing(shape[:2]))
+    source = recorded(file) or Source(images.symmetric(shape))
     fitted = source.preprocessing._replace(size=shape[:2])
     return run, source._replace(preprocessing=fitted), dtype
 
@@ -99,9 +99,7 @@ def open_keras_model(name, image_size=None):
     except Exception as error:  # Keras has many kinds
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(f"{file} cannot be read: {first}") from error
-    *size, channels = model.input_shape[1:]
-    half = (0.5,) * channels
-    return model, recorded(file) or Source(images.Preprocessing(tuple(size), half, half))
+    return model, recorded(file) or Source(images.symmetric(model.input_shape[1:]))
 
 
 def evenly(items, count):

@@ -10,7 +10,7 @@ from helpers import weights_file
 from PIL import Image
 from test_datasets import write_photos
 
-from keras_vitnt import cli, explain, models
+from keras_vitnt import cli, commands, explain, models
 from keras_vitnt.gate import open_model
 
 
@@ -60,6 +60,20 @@ def test_train_leaves_every_file_and_predicts(photos, shallow, tmp_path, monkeyp
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *train, "--output", output)
     assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
+
+
+def test_a_grey_model_is_exported_and_used(photos, tmp_path, monkeypatch, capsys):
+    model = models.ViT("Nano/8", input_shape=(16, 16, 1), classes=2, depth=1)
+    model.save(tmp_path / "grey.keras")
+    data = f"folder:{photos}"
+    run(monkeypatch, "export", tmp_path / "grey.keras", tmp_path / "grey.tflite", "--photos", data)
+    answers = []
+    for name in ("grey.keras", "grey.tflite"):
+        capsys.readouterr()
+        run(monkeypatch, "predict", tmp_path / name, photos / "cat" / "0.png")
+        run(monkeypatch, "evaluate", tmp_path / name, "--data", data)
+        answers.append(re.sub(r"\S+grey\S+|[\d.]+ s", "", capsys.readouterr().out))
+    assert answers[0] == answers[1] and "top-1" in answers[0]
 
 
 BAD = {
@@ -128,7 +142,9 @@ def test_a_checkpoint_is_inspected_and_converted(tmp_path, monkeypatch, capsys):
 def test_training_starts_from_a_checkpoint(photos, tmp_path, monkeypatch, capsys):
     """Without --model the checkpoint says which; size and preprocessing are its own."""
     kept = []
-    monkeypatch.setattr(cli, "finish", lambda model, batches, *rest: kept.append((model, batches)))
+    monkeypatch.setattr(
+        commands, "finish", lambda model, batches, *rest: kept.append((model, batches))
+    )
     source = weights_file("timm_deit_distilled")
     train = ["train", "--weights", source, "--data", f"folder:{photos}", "--epochs", 1]
     run(monkeypatch, *train, "--output", tmp_path / "run")
@@ -163,7 +179,7 @@ def test_interrupted_training_keeps_a_state_to_resume(
         if epoch == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "finish", finish)
+    monkeypatch.setattr(commands, "finish", finish)
     with monkeypatch.context() as patch:
         patch.setattr(keras.callbacks.CSVLogger, "on_epoch_begin", stop_in_second_epoch)
         run(monkeypatch, *train)
@@ -274,11 +290,16 @@ def test_other_classes_are_not_scored(photos, tmp_path, monkeypatch, capsys):
     assert "gives (3,) for each photo" in capsys.readouterr().err
 
 
-def test_calibration_needs_photos_of_the_training_part(tmp_path, monkeypatch, capsys):
+def test_training_and_calibration_need_photos_of_the_training_part(tmp_path, monkeypatch, capsys):
     models.ViT("Nano/8", input_shape=(8, 8, 3), classes=2).save(tmp_path / "model.keras")
     for label in "ab":
         write_photos(tmp_path / "few" / label, ["0.png"])
-    options = ["--quantize", "int8-static", "--photos", f"folder:{tmp_path / 'few'}"]
+    data = f"folder:{tmp_path / 'few'}"
+    options = ["--quantize", "int8-static", "--photos", data]
     with pytest.raises(SystemExit):
         run(monkeypatch, "export", tmp_path, tmp_path / "x.tflite", *options)
     assert "leaves no photos for training" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "train", "--data", data, "--output", tmp_path / "run")
+    assert "few has no photo of a to train on" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

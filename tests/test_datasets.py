@@ -55,6 +55,35 @@ def test_unreadable_files_are_counted_and_named(tmp_path):
         datasets.decode_all(photos, images.Preprocessing((16, 16)))
 
 
+def test_strange_files_are_no_part_of_the_validation(tmp_path):
+    for label in ("cat", "dog"):
+        write_photos(tmp_path / label, ["a.png", "b.png"])
+        for i in range(4):
+            (tmp_path / label / f"notes{i}.txt").write_text("no image")
+    train, validation, classes = datasets.load_dataset(f"folder:{tmp_path}")
+    assert len(train.labels) == 10 and [Path(n).suffix for n in validation.names] == [".png"] * 2
+    write_photos(tmp_path / "many" / "ant", [f"{i}.png" for i in range(8)])
+    (tmp_path / "many" / "bee").mkdir()
+    (tmp_path / "many" / "bee" / "notes.txt").write_text("no image")
+    photos, _ = datasets.read_class_folders(tmp_path / "many")
+    with pytest.raises(ValueError, match="no readable photo left: .*bee/notes.txt cannot be read"):
+        datasets.decode_all(photos, images.Preprocessing((16, 16)))
+
+
+def test_grey_models_get_grey_photos(tmp_path):
+    write_photos(tmp_path / "cat", ["a.png", "b.png"])
+    write_photos(tmp_path / "dog", ["a.png", "b.png"])
+    preprocessing = images.symmetric((16, 24, 1))._replace(squash=True)
+    photos, _ = datasets.decode_all(datasets.load_dataset(f"folder:{tmp_path}")[0], preprocessing)
+    grey = Image.open(photos.names[0]).convert("L").resize((24, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(photos.sources[0], np.asarray(grey)[..., None])
+    assert datasets.Batches(photos, preprocessing)[0][0].shape == (2, 16, 24, 1)
+    larger = images.fit(images.decode(photos.sources[0]), images.symmetric((32, 48, 1)))
+    assert larger.shape == (32, 48, 1)
+    with pytest.raises(ValueError, match="1 channel .grey. or 3; the model takes 4"):
+        images.load(photos.names[0], images.symmetric((16, 16, 4)))
+
+
 def test_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         datasets.load_dataset(f"folder:{tmp_path}/absent")

@@ -1,0 +1,362 @@
+"""What each command does with its arguments: one call, then tables and files."""
+
+import shlex
+import shutil
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from . import benchmark, datasets, explain, images, models, pretrained, report, training
+from .conversion import size_of
+from .export import export
+from .runs import finish
+from .sources import open_function, recorded
+from .weights import load_weights, save_weights
+
+
+def shaped(name, size, default=None):
+    """The `input_shape` option for a model: the asked size, the name's own, or the default."""
+    size = size or (None if "input_shape" in models.parse_name(name)[2] else default)
+    return {"input_shape": (*size, 3)} if size else {}
+
+
+def decode_photos(arguments, train, validation, classes, preprocessing):
+    """Both parts decoded at a size, with a progress bar; faults are counted and named."""
+    from rich.progress import Progress
+
+    decoded, faults = [], []
+    with Progress(transient=True) as bar:
+        task = bar.add_task("Decoding photos", total=len(train.labels) + len(validation.labels))
+        for part in (train, validation):
+            good, bad = datasets.decode_all(part, preprocessing, lambda: bar.advance(task))
+            decoded.append(good)
+            faults += bad
+    if faults:
+        print(f"Left out {len(faults)} files that cannot be read as images:")
+        print("\n".join(f"  {fault}" for fault in faults))
+    counts = [len(part.labels) for part in decoded]
+    print(f"Data: {arguments.data}, {len(classes)} classes, {counts[0]} + {counts[1]} photos")
+    return decoded
+
+
+def stem(source):
+    """The last part of a path or hub name, without suffix or revision."""
+    return source.split("@")[0].strip("/").split("/")[-1].split(".safetensors")[0]
+
+
+def architecture(arguments, label):
+    """(function of the last options -> model, preprocessing) that `train` was asked for."""
+    if arguments.weights and not arguments.model:
+        if arguments.weights.endswith((".keras", ".weights.h5")):
+            raise ValueError(
+                f"--weights {arguments.weights} needs --model too: the model it was trained as."
+            )
+        asked = {"input_shape": (*arguments.image_size, 3)} if arguments.image_size else {}
+        facts, _ = pretrained.inspect(arguments.weights, **asked)
+
+        def build(**options):
+            model, found = pretrained.from_checkpoint(
+                arguments.weights, report=True, **asked, **options
+            )
+            print_loaded(arguments.weights, found)
+            return model
+
+        return build, images.Preprocessing(**facts["preprocessing"])
+    shape = shaped(label, arguments.image_size, (32, 32))
+    family = models.parse_name(label)[0]
+    size = models.blueprint(models.create_model, label, **shape).input_shape[1:3]
+
+    def build(**options):
+        model = models.create_model(label, **shape, **options)
+        if arguments.weights:
+            print_loaded(arguments.weights, load_weights(model, arguments.weights, new_head=True))
+        return model
+
+    if arguments.weights:
+        own = arguments.weights.endswith((".keras", ".weights.h5"))
+        known = recorded(Path(arguments.weights)) if own else None
+        if known:
+            return build, known.preprocessing._replace(size=size)
+        if not own:
+            return build, pretrained.preprocessing(arguments.weights, size)
+    return build, images.Preprocessing(size, *pretrained.normalization(family.__name__))
+
+
+def print_loaded(source, found):
+    new = [row.variable for row in found.rows if row.action == "re-initialised"]
+    print(f"Weights: {source}" + (f"; new: {', '.join(new)}" if new else ""))
+
+
+def train(arguments):
+    label = arguments.model or (arguments.weights and stem(arguments.weights)) or "tnt:Nano/8"
+    name = f"{label}-{arguments.data.split(':')[-1].strip('/').split('/')[-1]}"
+    folder = arguments.output or Path("saved_models") / name.translate(str.maketrans(":/", "__"))
+    resumes = arguments.resume and (folder / "backup").is_dir()
+    if arguments.resume and not resumes:
+        raise FileNotFoundError(f"There is no interrupted run in {folder} to resume.")
+    if folder.exists() and not (arguments.overwrite or resumes):
+        raise FileExistsError(f"{folder} exists: pass --overwrite, or another --output.")
+
+    # Model, data and weights are checked before anything slow, or written, begins.
+    build, preprocessing = architecture(arguments, label)
+    photos, held_out, classes = datasets.load_dataset(arguments.data, arguments.data_dir)
+    for label in set(held_out.labels) - set(photos.labels):
+        raise ValueError(
+            f"{arguments.data} has no photo of {classes[label]} to train on: training and "
+            "validation need one each."
+        )
+    keras.utils.set_random_seed(arguments.seed)
+    options = {"classes": len(classes), "drop_path": arguments.drop_path}
+    if arguments.mixed_precision:
+        options["dtype"] = "mixed_bfloat16"
+    model = build(**options)
+    size = preprocessing.size
+    originals = dict(zip(held_out.names, held_out.sources))
+    photos, held_out = decode_photos(arguments, photos, held_out, classes, preprocessing)
+    print(f"Model: {label}, {model.count_params():,} parameters, {size[0]} x {size[1]}")
+
+    def augment(pixels, rng):
+        return training.augment(pixels, rng, arguments.augment, arguments.flip)
+
+    batches = datasets.Batches(
+        photos,
+        preprocessing,
+        arguments.batch_size,
+        augment if arguments.augment else shuffled,
+        arguments.seed,
+    )
+    validation = datasets.Batches(held_out, preprocessing, 4 * arguments.batch_size)
+    training.compile_model(
+        model,
+        arguments.epochs * len(batches),
+        arguments.lr or (1e-4 if arguments.weights else 3e-3),
+        arguments.weight_decay,
+    )
+    if folder.exists() and not resumes:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"Training {arguments.epochs} epochs on {keras.backend.backend()}; Ctrl-C stops early")
+    start = time.perf_counter()
+    whole = training.fit(
+        model,
+        batches,
+        validation,
+        arguments.epochs,
+        folder,
+        arguments.seed,
+        verbose=1 if sys.stdout.isatty() else 2,
+    )
+    seconds = time.perf_counter() - start
+    if not whole:
+        print("\nStopped. Keeping what was learned; `--resume` goes on from the last whole epoch.")
+    record = {
+        "command": shlex.join(["keras-vitnt", *sys.argv[1:]]),
+        "model": label,
+        "parameters": model.count_params(),
+        "multiply_adds": benchmark.multiply_adds(model),
+        "data": arguments.data,
+        "data_dir": arguments.data_dir,
+        "photos": {"train": len(photos.labels), "validation": len(held_out.labels)},
+        "preprocessing": preprocessing._asdict(),
+        "seed": arguments.seed,
+        "backend": f"{keras.backend.backend()}, Keras {keras.version()}",
+        "interrupted": not whole,
+        "training_seconds": round(seconds, 1),
+    }
+    finish(model, validation, originals, classes, folder, record)
+
+
+def shuffled(pixels, rng):
+    return pixels
+
+
+def given(photos, source, dtype):
+    """Photos as a function of `open_function` takes them."""
+    pixels = np.stack([images.fit(images.decode(photo), source.preprocessing) for photo in photos])
+    return pixels if dtype == "uint8" else images.normalize(pixels, source.preprocessing)
+
+
+def predict(arguments):
+    run, source, dtype = open_function(arguments.model)
+    logits = run(given(arguments.images, source, dtype))
+    names = source.names or [f"class {i}" for i in range(logits.shape[1])]
+    for path, best in zip(
+        arguments.images, pretrained.decode_predictions(logits, arguments.top, names)
+    ):
+        print(path)
+        for name, share in best:
+            print(f"  {share:7.2%}  {name}")
+
+
+def overrides(arguments):
+    """The options of `inspect` and `convert` for `from_checkpoint`."""
+    asked = {name: getattr(arguments, name) for name in ("classes", "num_heads", "inner_num_heads")}
+    asked = {name: value for name, value in asked.items() if value}
+    if arguments.image_size:
+        asked["input_shape"] = (*arguments.image_size, 3)
+    return asked
+
+
+def inspect(arguments):
+    from rich.console import Console
+    from rich.table import Table
+
+    facts, found = pretrained.inspect(arguments.source, **overrides(arguments))
+    names = facts.pop("names")
+    table = Table(title=f"{arguments.source}: {found.scheme}", show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, f"{value:,}" if name == "parameters" else str(value))
+    if names:
+        table.add_row("names", ", ".join(names[:4]) + (", ..." if len(names) > 4 else ""))
+    Console().print(table)
+    actions = Counter(row.action for row in found.rows)
+    print(f"{len(found.rows)} variables: {', '.join(f'{n} {a}' for a, n in actions.items())}")
+    if arguments.variables:
+        print(found)
+        return
+    for name, reason in found.unused.items():
+        print(f"unused: {name} ({reason})")
+    print("\n".join(found.notes))
+
+
+def convert(arguments):
+    from rich.console import Console
+
+    output = arguments.output
+    if output.suffix not in (".keras", ".safetensors"):
+        raise ValueError(
+            f"Unknown format of {output}: expected .keras or .safetensors; `keras-vitnt export` "
+            "writes LiteRT, ONNX and SavedModel."
+        )
+    if output.exists() and not arguments.overwrite:
+        raise FileExistsError(f"{output} exists: pass --overwrite, or another name.")
+    asked = overrides(arguments)
+    with Console().status(f"Converting {arguments.source} ..."):
+        facts, _ = pretrained.inspect(arguments.source, **asked)
+        model, found = pretrained.from_checkpoint(arguments.source, report=True, **asked)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        expected = images.Preprocessing(**facts["preprocessing"])
+        if output.suffix == ".safetensors":
+            save_weights(model, output, arguments.names, expected)
+        else:
+            export(model, output, preprocessing=expected, names=facts["names"])
+    print_loaded(f"{arguments.source} ({found.scheme})", found)
+    print("\n".join(found.notes))
+    print(f"{output}: {model.count_params():,} parameters, {size_of(output) / 1e6:.2f} MB")
+
+
+def evaluate(arguments):
+    run, source, dtype = open_function(arguments.model)
+    names = source.names
+    rest, held_out, classes = datasets.load_dataset(arguments.data, arguments.data_dir)
+    if names and names != classes:
+        raise ValueError(
+            f"{arguments.model} knows the classes {', '.join(names)}; {arguments.data} has "
+            f"{', '.join(classes)}."
+        )
+    _, held_out = decode_photos(arguments, rest, held_out, classes, source.preprocessing)
+    labels, size = held_out.labels, arguments.batch_size
+    start = time.perf_counter()
+    logits = np.concatenate(
+        [
+            run(given(held_out.sources[i : i + size], source, dtype))
+            for i in range(0, len(labels), size)
+        ]
+    )
+    seconds = time.perf_counter() - start
+    if logits.shape[1:] != (len(classes),):
+        raise ValueError(
+            f"{arguments.model} gives {logits.shape[1:]} for each photo; {arguments.data} has "
+            f"{len(classes)} classes."
+        )
+    right = (logits.argmax(-1) == labels).sum()
+    top5 = (np.argsort(-logits)[:, :5] == labels[:, None]).any(axis=1).mean()
+    print(f"{arguments.model}: {right} of {len(labels)} right")
+    print(f"top-1 {right / len(labels):.2%}, top-5 {top5:.2%}, {seconds:.1f} s")
+
+
+def export_file(arguments):
+    output = arguments.output
+    for path in (output, output.with_name(f"{output.name}.json")):
+        if path.exists() and not arguments.overwrite:
+            raise FileExistsError(f"{path} exists: pass --overwrite, or another name.")
+    found = export(
+        arguments.model,
+        output,
+        arguments.quantize,
+        arguments.batch_size,
+        arguments.image_size,
+        arguments.input,
+        arguments.graph,
+        min_agreement=arguments.min_agreement,
+        max_drop=arguments.max_drop,
+        keep_float=arguments.keep_float,
+        sensitivity=arguments.sensitivity,
+        photos=arguments.photos,
+        data_dir=arguments.data_dir,
+    )
+    if found.sensitivity:
+        report.print_sensitivity(found.sensitivity, found.kept)
+    compared = found.comparison
+    title = str(output) if not compared else f"{output}, on {compared.photos} photos"
+    report.print_exports([found], title)
+    if found.structure:
+        inner = ", ".join(f"{count} {name}" for name, count in found.structure["operators"].items())
+        partitions = found.structure["partitions"]
+        print(f"{partitions} XNNPACK partition{'s' * (partitions != 1)}; operators: {inner}")
+    if found.kept:
+        print(f"In float: {', '.join(found.kept)}")
+    if compared and compared.accuracy is not None:
+        print(f"Accuracy change: {0.0 - compared.drop:+.2f} points")
+    print(f"The report stands in {output}.json.")
+
+
+def list_models(arguments):
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    title = "Variants at 224 x 224, 1000 classes (Nano: 32 x 32, 10 classes)"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # 80 columns hold it
+    for column in ("name", "timm's name", "parameters", "GMACs"):
+        table.add_column(column, justify="left" if "name" in column else "right", no_wrap=True)
+    timm = {}
+    for name in models.timm_names():
+        builder, variant, options = models.parse_name(name)
+        options.pop("input_shape")
+        timm[builder, variant, *options.items()] = name
+    for builder, variant, options in models.listed():
+        shape = {"input_shape": (32, 32, 3), "classes": 10} if "Nano" in variant else {}
+        model = models.blueprint(builder, variant, **options, **shape)  # G/14 would take 7 GB
+        words = "".join(" distilled" if key == "distilled" else " legacy" for key in options)
+        table.add_row(
+            f"{builder.__name__.lower()}:{variant}{words}",
+            timm.get((builder, variant, *options.items()), ""),
+            f"{model.count_params():,}",
+            f"{benchmark.multiply_adds(model) / 1e9:.3g}",
+        )
+    Console().print(table)
+
+
+def shapes(arguments):
+    from rich.console import Console
+    from rich.table import Table
+
+    model = models.create_model(
+        arguments.model,
+        classes=arguments.classes,
+        **shaped(arguments.model, arguments.image_size),
+    )
+    photos = np.random.default_rng(0).random((arguments.batch, *model.input_shape[1:]), "float32")
+    table = Table(title=f"{arguments.model}, {model.count_params():,} parameters")
+    for column in ("layer", "stage", "shape"):
+        table.add_column(column, justify="right" if column == "shape" else "left")
+    last = None
+    for layer, stage, shape in explain.shape_walk(model, photos):
+        table.add_row(layer if layer != last else "", stage, " x ".join(map(str, shape)))
+        last = layer
+    Console().print(table)
