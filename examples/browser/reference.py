@@ -1,6 +1,7 @@
 """What Keras says: python reference.py MODEL_FOLDER NEW_FOLDER PHOTO... -> JSON {path: logits}.
 
-Beside the given photos come embedded validation photos and edited ones, written to NEW_FOLDER.
+Beside the given photos come embedded validation photos and edited ones, written to NEW_FOLDER; so
+is a file of the model that takes pixels, `uint8/model.tflite`.
 """
 
 import io
@@ -39,4 +40,5 @@ record = json.loads(Path(model_folder, "metrics.json").read_text())
 preprocessing = Preprocessing(**record["preprocessing"])
 model = keras.saving.load_model(Path(model_folder, "model.keras"))
 logits = model.predict(np.stack([load(photo, preprocessing) for photo in photos]), verbose=0)
+kv.export(model_folder, f"{new_folder}/uint8/model.tflite", input="uint8")
 print(json.dumps(dict(zip(photos, logits.tolist()))))

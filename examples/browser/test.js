@@ -103,6 +103,11 @@ test("model_int8.tflite gives Keras' classes", async () => {
   assert.ok((await compare(page)) < 0.5);
 });
 
+test("a file that takes pixels gives Keras' logits", async () => {
+  const page = await open(join(folder, "uint8"));
+  assert.ok((await compare(page)) < 1e-3);
+});
+
 test("a file that is no image gives one line, and no stale result", async () => {
   const page = await open(signs);
   assert.equal((await choose(page, hand)).state, "done");
