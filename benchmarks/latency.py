@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import keras_vitnt as kv
+from keras_vitnt.conversion import size_of
 from keras_vitnt.gate import latencies, open_model
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -41,6 +42,4 @@ times = latencies(runs, rounds=200, seconds=600)
 print("| file | size | median of a photo |")
 print("| --- | ---: | ---: |")
 for file in files:
-    parts = [file] if file.is_file() else [p for p in file.rglob("*") if p.is_file()]
-    size = sum(part.stat().st_size for part in parts) / 1e6
-    print(f"| `{file.name}` | {size:.2f} MB | {times[file.name]:.2f} ms |")
+    print(f"| `{file.name}` | {size_of(file) / 1e6:.2f} MB | {times[file.name]:.2f} ms |")

@@ -8,8 +8,8 @@ from .models import TNT as TNT
 from .models import VARIANTS as VARIANTS
 from .models import DeiT as DeiT
 from .models import ViT as ViT
-from .models import create_model as create_model
 from .models import features as features
+from .names import create_model as create_model
 from .pretrained import decode_predictions as decode_predictions
 from .pretrained import from_checkpoint as from_checkpoint
 from .pretrained import inspect as inspect

@@ -46,12 +46,12 @@ def parser():
         )
         return new
 
-    def data_options(new):
+    def data_options(new, default, described):
         new.add_argument(
             "--data",
-            default="embedded",
+            default=default,
             help="embedded, folder:PATH (a folder per class, or train/ and validation/ with "
-            "such folders) or tfds:NAME (default: %(default)s, photos of hand signs)",
+            f"such folders) or tfds:NAME (default: {described})",
         )
         new.add_argument("--data-dir", help="where TensorFlow Datasets keeps its sets")
         new.add_argument("--batch-size", type=positive, default=32, help="default: %(default)s")
@@ -68,7 +68,7 @@ def parser():
             "train --resume            # go on after Ctrl-C",
         ],
     )
-    data_options(new)
+    data_options(new, "embedded", "embedded, photos of hand signs")
     new.add_argument(
         "--model",
         help="FAMILY:SIZE/PATCH or timm's name (default: what --weights holds, else tnt:Nano/8)",
@@ -86,14 +86,16 @@ def parser():
     new.add_argument("--weight-decay", type=float, default=0.1, help="default: %(default)s")
     new.add_argument("--drop-path", type=float, default=0.0, help="default: %(default)s")
     new.add_argument(
-        "--augment", type=float, default=1.0, help="strength of augmentation, 0 for none: 1.0"
+        "--augment", type=float, default=1.0, help="strength, 0 for none (default: %(default)s)"
     )
     new.add_argument("--flip", action="store_true", help="mirror half of the photos")
     new.add_argument("--mixed-precision", action="store_true", help="compute in bfloat16")
     new.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     new.add_argument("--output", type=Path, help="folder (default: saved_models/MODEL-DATA)")
     new.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
-    new.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    new.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted run of these options"
+    )
 
     new = command(
         "predict",
@@ -116,7 +118,7 @@ def parser():
         ["evaluate saved_models/signs", "evaluate saved_models/signs/model_int8.tflite"],
     )
     new.add_argument("model", help=OPENED)
-    data_options(new)
+    data_options(new, None, "what a run was trained on, else embedded")
 
     def checkpoint_options(new):
         new.add_argument("source", help="checkpoint, folder with one, or hf:OWNER/NAME[@REVISION]")

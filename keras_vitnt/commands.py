@@ -1,5 +1,7 @@
 """What each command does with its arguments: one call, then tables and files."""
 
+import json
+import re
 import shlex
 import shutil
 import sys
@@ -13,39 +15,45 @@ import numpy as np
 from . import benchmark, datasets, explain, images, models, pretrained, report, training
 from .conversion import size_of
 from .export import export
+from .names import create_model, listed, parse_name, timm_names
 from .runs import finish
-from .sources import open_function, recorded
+from .sources import difference, open_function, recorded, relabelled
 from .weights import load_weights, save_weights
+
+# What a resumed training must have in common with its beginning.
+OPTIONS = (
+    *("data", "data_dir", "batch_size", "model", "weights", "epochs", "image_size", "lr"),
+    *("weight_decay", "drop_path", "augment", "flip", "mixed_precision", "seed"),
+)
 
 
 def shaped(name, size, default=None):
     """The `input_shape` option for a model: the asked size, the name's own, or the default."""
-    size = size or (None if "input_shape" in models.parse_name(name)[2] else default)
+    size = size or (None if "input_shape" in parse_name(name)[2] else default)
     return {"input_shape": (*size, 3)} if size else {}
 
 
-def decode_photos(arguments, train, validation, classes, preprocessing):
-    """Both parts decoded at a size, with a progress bar; faults are counted and named."""
+def decode_photos(parts, preprocessing):
+    """Each of several `Photos` decoded, with a progress bar; faults are counted and named."""
     from rich.progress import Progress
 
     decoded, faults = [], []
     with Progress(transient=True) as bar:
-        task = bar.add_task("Decoding photos", total=len(train.labels) + len(validation.labels))
-        for part in (train, validation):
+        task = bar.add_task("Decoding photos", total=sum(len(part.labels) for part in parts))
+        for part in parts:
             good, bad = datasets.decode_all(part, preprocessing, lambda: bar.advance(task))
             decoded.append(good)
             faults += bad
     if faults:
         print(f"Left out {len(faults)} files that cannot be read as images:")
         print("\n".join(f"  {fault}" for fault in faults))
-    counts = [len(part.labels) for part in decoded]
-    print(f"Data: {arguments.data}, {len(classes)} classes, {counts[0]} + {counts[1]} photos")
     return decoded
 
 
 def stem(source):
-    """The last part of a path or hub name, without suffix or revision."""
-    return source.split("@")[0].strip("/").split("/")[-1].split(".safetensors")[0]
+    """The last part of a path or hub name, without a file's suffix or the revision."""
+    last = source.split("@")[0].strip("/").split("/")[-1]
+    return re.sub(r"\.(safetensors|npz|pth|pth\.tar|bin|keras|weights\.h5)$", "", last)
 
 
 def architecture(arguments, label):
@@ -67,11 +75,11 @@ def architecture(arguments, label):
 
         return build, images.Preprocessing(**facts["preprocessing"])
     shape = shaped(label, arguments.image_size, (32, 32))
-    family = models.parse_name(label)[0]
-    size = models.blueprint(models.create_model, label, **shape).input_shape[1:3]
+    family = parse_name(label)[0]
+    size = models.blueprint(create_model, label, **shape).input_shape[1:3]
 
     def build(**options):
-        model = models.create_model(label, **shape, **options)
+        model = create_model(label, **shape, **options)
         if arguments.weights:
             print_loaded(arguments.weights, load_weights(model, arguments.weights, new_head=True))
         return model
@@ -95,9 +103,12 @@ def train(arguments):
     label = arguments.model or (arguments.weights and stem(arguments.weights)) or "tnt:Nano/8"
     name = f"{label}-{arguments.data.split(':')[-1].strip('/').split('/')[-1]}"
     folder = arguments.output or Path("saved_models") / name.translate(str.maketrans(":/", "__"))
-    resumes = arguments.resume and (folder / "backup").is_dir()
+    backup = folder / "backup"
+    resumes = arguments.resume and backup.is_dir()
     if arguments.resume and not resumes:
         raise FileNotFoundError(f"There is no interrupted run in {folder} to resume.")
+    if resumes:
+        check_same(arguments, backup / "options.json")
     if folder.exists() and not (arguments.overwrite or resumes):
         raise FileExistsError(f"{folder} exists: pass --overwrite, or another --output.")
 
@@ -116,7 +127,9 @@ def train(arguments):
     model = build(**options)
     size = preprocessing.size
     originals = dict(zip(held_out.names, held_out.sources))
-    photos, held_out = decode_photos(arguments, photos, held_out, classes, preprocessing)
+    photos, held_out = decode_photos([photos, held_out], preprocessing)
+    counts = f"{len(photos.labels)} + {len(held_out.labels)}"
+    print(f"Data: {arguments.data}, {len(classes)} classes, {counts} photos")
     print(f"Model: {label}, {model.count_params():,} parameters, {size[0]} x {size[1]}")
 
     def augment(pixels, rng):
@@ -126,7 +139,7 @@ def train(arguments):
         photos,
         preprocessing,
         arguments.batch_size,
-        augment if arguments.augment else shuffled,
+        augment,
         arguments.seed,
     )
     validation = datasets.Batches(held_out, preprocessing, 4 * arguments.batch_size)
@@ -138,7 +151,8 @@ def train(arguments):
     )
     if folder.exists() and not resumes:
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    backup.mkdir(parents=True, exist_ok=True)  # Keras removes it when the training is complete
+    (backup / "options.json").write_text(json.dumps(options_of(arguments), indent=2) + "\n")
     print(f"Training {arguments.epochs} epochs on {keras.backend.backend()}; Ctrl-C stops early")
     start = time.perf_counter()
     whole = training.fit(
@@ -170,19 +184,35 @@ def train(arguments):
     finish(model, validation, originals, classes, folder, record)
 
 
-def shuffled(pixels, rng):
-    return pixels
+def options_of(arguments):
+    """What decides a training, as JSON has it."""
+    return json.loads(json.dumps({name: getattr(arguments, name) for name in OPTIONS}))
 
 
-def given(photos, source, dtype):
-    """Photos as a function of `open_function` takes them."""
-    pixels = np.stack([images.fit(images.decode(photo), source.preprocessing) for photo in photos])
+def check_same(arguments, file):
+    """Refuse to go on with a training that was begun with other options."""
+    begun, now = json.loads(file.read_text()), options_of(arguments)
+    other = [
+        f"--{name.replace('_', '-')} was {begun[name]}, is {now[name]}"
+        for name in OPTIONS
+        if begun[name] != now[name]
+    ]
+    if other:
+        raise ValueError(
+            f"{file.parent.parent} was begun with other options ({'; '.join(other)}): resume it "
+            "with the same ones, or pass --overwrite in place of --resume."
+        )
+
+
+def given(pixels, source, dtype):
+    """Pixels at a model's size, uint8 (B, H, W, C), as a function of `open_function` takes them."""
     return pixels if dtype == "uint8" else images.normalize(pixels, source.preprocessing)
 
 
 def predict(arguments):
     run, source, dtype = open_function(arguments.model)
-    logits = run(given(arguments.images, source, dtype))
+    fitted = [images.fit(images.decode(path), source.preprocessing) for path in arguments.images]
+    logits = run(given(np.stack(fitted), source, dtype))
     names = source.names or [f"class {i}" for i in range(logits.shape[1])]
     for path, best in zip(
         arguments.images, pretrained.decode_predictions(logits, arguments.top, names)
@@ -236,8 +266,7 @@ def convert(arguments):
         raise FileExistsError(f"{output} exists: pass --overwrite, or another name.")
     asked = overrides(arguments)
     with Console().status(f"Converting {arguments.source} ..."):
-        facts, _ = pretrained.inspect(arguments.source, **asked)
-        model, found = pretrained.from_checkpoint(arguments.source, report=True, **asked)
+        model, facts, found = pretrained.load(arguments.source, **asked)
         output.parent.mkdir(parents=True, exist_ok=True)
         expected = images.Preprocessing(**facts["preprocessing"])
         if output.suffix == ".safetensors":
@@ -251,22 +280,21 @@ def convert(arguments):
 
 def evaluate(arguments):
     run, source, dtype = open_function(arguments.model)
-    names = source.names
-    rest, held_out, classes = datasets.load_dataset(arguments.data, arguments.data_dir)
-    if names and names != classes:
-        raise ValueError(
-            f"{arguments.model} knows the classes {', '.join(names)}; {arguments.data} has "
-            f"{', '.join(classes)}."
-        )
-    _, held_out = decode_photos(arguments, rest, held_out, classes, source.preprocessing)
+    data = arguments.data or source.data or "embedded"
+    folder = arguments.data_dir or source.data_dir
+    _, held_out, classes = datasets.load_dataset(data, folder)
+    labels = relabelled(held_out.labels, classes, source.names)
+    if labels is None:
+        raise ValueError(difference(source.names, data, classes))
+    (held_out,) = decode_photos([held_out._replace(labels=labels)], source.preprocessing)
     labels, size = held_out.labels, arguments.batch_size
-    start = time.perf_counter()
-    logits = np.concatenate(
-        [
-            run(given(held_out.sources[i : i + size], source, dtype))
-            for i in range(0, len(labels), size)
-        ]
-    )
+    print(f"Data: {data}, {len(classes)} classes, {len(labels)} photos")
+    batches = datasets.Batches(held_out, source.preprocessing, size)
+    start, logits = time.perf_counter(), []
+    for first in range(0, len(labels), size):
+        pixels = [batches.pixels(i) for i in range(first, min(first + size, len(labels)))]
+        logits.append(run(given(np.stack(pixels), source, dtype)))
+    logits = np.concatenate(logits)
     seconds = time.perf_counter() - start
     if logits.shape[1:] != (len(classes),):
         raise ValueError(
@@ -325,16 +353,16 @@ def list_models(arguments):
     for column in ("name", "timm's name", "parameters", "GMACs"):
         table.add_column(column, justify="left" if "name" in column else "right", no_wrap=True)
     timm = {}
-    for name in models.timm_names():
-        builder, variant, options = models.parse_name(name)
+    for name in timm_names():
+        builder, variant, options = parse_name(name)
         options.pop("input_shape")
         timm[builder, variant, *options.items()] = name
-    for builder, variant, options in models.listed():
+    for name in listed():
+        builder, variant, options = parse_name(name)
         shape = {"input_shape": (32, 32, 3), "classes": 10} if "Nano" in variant else {}
         model = models.blueprint(builder, variant, **options, **shape)  # G/14 would take 7 GB
-        words = "".join(" distilled" if key == "distilled" else " legacy" for key in options)
         table.add_row(
-            f"{builder.__name__.lower()}:{variant}{words}",
+            name,
             timm.get((builder, variant, *options.items()), ""),
             f"{model.count_params():,}",
             f"{benchmark.multiply_adds(model) / 1e9:.3g}",
@@ -346,7 +374,7 @@ def shapes(arguments):
     from rich.console import Console
     from rich.table import Table
 
-    model = models.create_model(
+    model = create_model(
         arguments.model,
         classes=arguments.classes,
         **shaped(arguments.model, arguments.image_size),

@@ -57,9 +57,9 @@ def signature(model, job, panels=False):
     """(function of the file's input, its `tf.TensorSpec`) of the whole model; see `edge.lean`."""
     import tensorflow as tf
 
-    pixels = job.get("input", "float") == "uint8"
+    pixels = job["input"] == "uint8"
     mean, std = job["preprocessing"][1:3]
-    size = job.get("batch_size", 1)
+    size = job["batch_size"]
     spec = tf.TensorSpec(
         (size, *model.input_shape[1:]), tf.uint8 if pixels else tf.float32, name="images"
     )
@@ -140,6 +140,11 @@ class Refused(Exception):
     """A file broke a rule; the message names the file and the rules."""
 
 
+def refuse(name, broken):
+    if broken:
+        raise Refused(f"{name} is refused: {'; '.join(broken)}.")
+
+
 class Worker:
     """The conversion of one model into the files of a job."""
 
@@ -167,17 +172,13 @@ class Worker:
 
     def given(self, pixels):
         """Photos as the file takes them."""
-        if self.job.get("input", "float") == "uint8":
+        if self.job["input"] == "uint8":
             return pixels
         return images.normalize(pixels, self.preprocessing)
 
     def compare(self, path):
         self.runs[str(path)] = run = gate.open_model(path)[0]
         return gate.compare(run(self.given(self.pixels)), self.expected, self.labels)
-
-    def refuse(self, name, broken):
-        if broken:
-            raise Refused(f"{name} is refused: {'; '.join(broken)}.")
 
     def write_floats(self, folder):
         """The float32 LiteRT files of the job, `floats`: {whether quantised: (path, comparison)}.
@@ -199,9 +200,9 @@ class Worker:
         say("Converting to LiteRT")
         write_litert(self.model, path, self.job, panels)
         name = "The float32 LiteRT file"
-        self.refuse(name, gate.structure(path)["faults"])
+        refuse(name, gate.structure(path)["faults"])
         compared = self.compare(path)
-        self.refuse(name, gate.faults(compared))
+        refuse(name, gate.faults(compared))
         return path, compared
 
     def quantized(self, whole, path, kind):
@@ -209,7 +210,7 @@ class Worker:
         ranges = None
         if kind == "int8-static":
             say(f"Running the float32 file on {len(self.calibration)} photos of the training data")
-            size = self.job.get("batch_size", 1)
+            size = self.job["batch_size"]
             found = self.given(self.calibration)
             samples = [
                 np.resize(found[i : i + size], (size, *found.shape[1:]))
@@ -270,19 +271,19 @@ class Worker:
                     broken = [f"{found['partitions']} XNNPACK partitions, not 1"]
                 elif not found["whole"]:
                     broken = ["XNNPACK leaves operators at its beginning or end to others"]
-            self.refuse(path.name, broken)
+            refuse(path.name, broken)
         if form != "keras":
             say(f"Running {path.name} on {len(self.pixels)} photos")
             exact = form == "litert" and not kind
             compared = self.floats[False][1] if exact else self.compare(path)
-            self.refuse(path.name, gate.faults(compared, kind, self.job.get("min_agreement")))
+            refuse(path.name, gate.faults(compared, kind, self.job.get("min_agreement")))
         return Report(
             path=str(path),
             format=form,
             graph=graph if form in ("litert", "onnx") else "plain",
             quantize=kind,
-            input=self.job.get("input", "float"),
-            batch_size=None if form in ("saved_model", "keras") else self.job.get("batch_size", 1),
+            input=self.job["input"],
+            batch_size=None if form in ("saved_model", "keras") else self.job["batch_size"],
             bytes=size_of(path),
             structure=found,
             comparison=compared and compared._asdict(),
@@ -295,7 +296,7 @@ class Worker:
     def time(self, reports):
         """Add the latencies of all files, which take turns, to their reports."""
         say("Timing")
-        x = self.given(self.pixels[: self.job.get("batch_size", 1)])
+        x = self.given(self.pixels[: self.job["batch_size"]])
         times = gate.latencies({path: lambda run=run: run(x) for path, run in self.runs.items()})
         for report in reports:
             copied = report["format"] == "litert" and not report["quantize"]
@@ -332,19 +333,16 @@ def end_with_parent():
 
 def main(work):
     """The whole process, on its folder."""
-    from . import tnt, vit  # noqa: F401  registers the layers that the file names
-
     threading.Thread(target=end_with_parent, daemon=True).start()
     work = Path(work)
     try:
         model = keras.models.load_model(work / "model.keras", compile=False)
     except TypeError as error:
-        cause = re.search(r"Could not locate class '\w+'", str(error)) or re.search(
-            ".*", str(error)
-        )
+        cause = re.search(r"Could not locate class '\w+'", str(error))
+        cause = cause.group() if cause else gate.first_line(error)
         (work / "refused").write_text(
             "The conversion process, which has Keras' layers and this package's, cannot open the "
-            f"model: {cause.group()}."
+            f"model: {cause}."
         )
         raise SystemExit(1) from None
     job = json.loads((work / "job.json").read_text())

@@ -45,10 +45,10 @@ def load_dataset(name="embedded", data_dir=None):
 
     Args:
         name: "embedded": 2,062 photos of hands that sign the digits 0 to 9. "folder:PATH": a
-            folder per class, either directly in PATH (split 80/20, the same each time) or in
-            PATH/train and PATH/validation. "tfds:NAME": a prepared TensorFlow Datasets set
-            with one image and one label; its validation part is `validation`, else `test`,
-            else a fifth of `train`.
+            folder per class, either directly in PATH or in PATH/train (split 80/20, the same each
+            time), or in PATH/train and PATH/validation (or val, valid, test). "tfds:NAME": a
+            prepared TensorFlow Datasets set with one image and one label; its validation part is
+            `validation`, else `test`, else a fifth of `train`.
         data_dir: where TensorFlow Datasets keeps its sets; None for its default.
 
     Returns:
@@ -75,18 +75,18 @@ def load_dataset(name="embedded", data_dir=None):
     return train, validation, classes
 
 
-def split(photos, fraction=0.2, seed=0):
-    """Split photos in two, stratified, the same way each time: (1 - fraction, fraction).
+def split(photos):
+    """Split photos in two, stratified, the same way each time: four fifths and one.
 
     What is no image stays in the first part: a few strange files shall not be all that a small
     class has in the second.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     held_out = np.zeros(len(photos.labels), bool)
     for label in np.unique(photos.labels):
         members = rng.permutation(np.flatnonzero(photos.labels == label))
         readable = (i for i in members if images.is_image(photos.sources[i]))
-        held_out[list(islice(readable, max(round(fraction * len(members)), 1)))] = True
+        held_out[list(islice(readable, max(round(0.2 * len(members)), 1)))] = True
     return photos.take(np.flatnonzero(~held_out)), photos.take(np.flatnonzero(held_out))
 
 
@@ -120,7 +120,7 @@ def read_folder(root):
                 f"{', '.join(other)}. Both need the same folders."
             )
         return train, validation, classes
-    train, classes = read_class_folders(root)
+    train, classes = read_class_folders(root / "train" if names == ["train"] else root)
     return train, None, classes
 
 
@@ -154,7 +154,7 @@ def read_tfds(name, data_dir):
         keys = builder.info.supervised_keys
         prepared = builder.info.splits
     except Exception as error:  # unknown name, missing files: TFDS has many kinds
-        first_line = str(error).strip().splitlines()[0]
+        first_line = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
             f"TensorFlow Datasets has no {name!r} in {data_dir or 'its folder'}: {first_line}"
         ) from error
@@ -176,7 +176,9 @@ def read_tfds(name, data_dir):
         )
 
     held_out = next((part for part in VALIDATION_FOLDERS if part in prepared), None)
-    classes = builder.info.features[label_key].names
+    classes = getattr(builder.info.features[label_key], "names", None)
+    if not classes:
+        raise ValueError(f"tfds:{name}: its {label_key!r} is no class label.")
     return read("train"), read(held_out) if held_out else None, list(classes)
 
 
@@ -193,8 +195,10 @@ def decode_all(photos, preprocessing, progress=None):
         `CACHE_BYTES` reaches, and a list of str that names the others.
 
     Raises:
-        ValueError: if half of the photos or more cannot be read, or a class lost all.
+        ValueError: if there are none, half of them or more cannot be read, or a class lost all.
     """
+    if not len(photos.labels):
+        raise ValueError("There are no photos to decode.")
     keep = CACHE_BYTES // (preprocessing.size[0] * preprocessing.size[1] * 3)
 
     def read(i):
@@ -280,11 +284,11 @@ class Batches(keras.utils.PyDataset):
         return x, self.photos.labels[chosen].astype("int32")
 
     def tf_dataset(self):
-        """These batches as a `tf.data.Dataset`, which TensorFlow trains on twice as fast.
+        """These batches as a `tf.data.Dataset`, on which TensorFlow trains faster.
 
         Keras' own way from a PyDataset is `Dataset.from_generator`; after it glibc gives the
-        memory of every step back to the system, and a step of a small model takes 2.4 times
-        as long (Keras 3.15, TensorFlow 2.21).
+        memory of every step back to the system (Keras 3.15, TensorFlow 2.21; see
+        `benchmarks/input_pipeline.py`).
         """
         import tensorflow as tf
 

@@ -7,13 +7,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from .tnt import PixelEmbedding, TNTBlock, WordsToPatch
+from .tnt import PixelEmbedding, TNTBlock, WordsToPatch, blocks
 from .vit import AttentionPooling, PatchEncoder, Patches, TokenPooling, TransformerBlock
 
 
 def block_inputs(model, images):
     """The model's blocks, each with the list of tensors that it receives for these images."""
-    found = [x for x in model.layers if isinstance(x, TransformerBlock | TNTBlock)]
+    found = blocks(model)
     if not found:
         raise ValueError(f"{model.name!r} has no TransformerBlock or TNTBlock to look into.")
     wanted = keras.tree.flatten([layer.input for layer in found])
@@ -191,5 +191,5 @@ def picture_attention(model, images, pixels, titles):
         )
     for axis in axes.flat:
         axis.set_axis_off()
-    figure.suptitle("Photos, and where the class token looks (attention rollout)", fontsize=11)
+    figure.suptitle("Photos, and where the model looks (attention rollout)", fontsize=11)
     return figure

@@ -127,26 +127,12 @@ def export(
     if isinstance(photos, str):
         source = source._replace(data=photos, data_dir=data_dir)
     wanted = CALIBRATION if quantize == "int8-static" and calibration is None else 0
-    if source.data and (photos is None or isinstance(photos, str) or wanted):
-        try:
-            pixels, known, classes, samples, faults = sources.photos_of(source, PHOTOS, wanted)
-        except (FileNotFoundError, ModuleNotFoundError) as error:  # the data moved away
-            if wanted or isinstance(photos, str):
-                raise
-            print(f"{error} The file is compared on embedded photos instead.")
-        else:
-            if photos is None or isinstance(photos, str):
-                photos = pixels
-                if model.output_shape[1:] == (len(classes),):
-                    labels = known
-                else:
-                    print(
-                        f"{source.data} has {len(classes)} classes, the model's output is "
-                        f"{model.output_shape[1:]}: compared without accuracy."
-                    )
-            calibration = samples if calibration is None else calibration
-            if faults:
-                print(f"Left out {len(faults)} photos that cannot be read: {', '.join(faults)}")
+    named = photos is None or isinstance(photos, str)
+    if source.data and (named or wanted):
+        found = photos_for(model, source, wanted, asked=isinstance(photos, str))
+        if named:
+            photos, labels = found[:2]
+        calibration = found[2] if calibration is None else calibration
     return export_all(
         model,
         targets,
@@ -159,6 +145,38 @@ def export(
         check_labels=True,
         **job,
     )[0]
+
+
+def photos_for(model, source, wanted, asked):
+    """Photos of a source's data: (photos, labels or None, `wanted` photos for calibration or None).
+
+    If nobody `asked` for this data and it has moved away, (None, None, None).
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError: if it cannot be read and was asked for.
+        ValueError: if a run's own data has other classes than the run.
+    """
+    try:
+        photos, labels, classes, samples, faults = sources.photos_of(source, PHOTOS, wanted)
+    except (FileNotFoundError, ModuleNotFoundError) as error:
+        if wanted or asked:
+            raise
+        print(f"{error} The file is compared on embedded photos instead.")
+        return None, None, None
+    if faults:
+        print(f"Left out {len(faults)} photos that cannot be read: {', '.join(faults)}")
+    if labels is None:
+        other = sources.difference(source.names, source.data, classes)
+        if not asked:
+            raise ValueError(other)
+        print(f"{other} Compared without accuracy.")
+    elif model.output_shape[1:] != (len(classes),):
+        labels = None
+        print(
+            f"{source.data} has {len(classes)} classes, the model's output is "
+            f"{model.output_shape[1:]}: compared without accuracy."
+        )
+    return photos, labels, samples
 
 
 def export_all(
@@ -211,6 +229,7 @@ def export_all(
             {"path": str(folder / path.name), "quantize": kind}
             for folder, (path, kind) in zip(folders, targets.items())
         ]
+        job = {"batch_size": 1, "input": "float"} | job
         job |= {"graph": graph, "files": files, "preprocessing": preprocessing}
         job |= {"names": names, "check_labels": check_labels}
         (work / "job.json").write_text(json.dumps(job, default=as_list))

@@ -127,7 +127,7 @@ def structure(path):
         plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         interpreter, operators = opened(experimental_op_resolver_type=plain)
     except (RuntimeError, ValueError) as error:  # an operator that the runtime does not have
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         return {"faults": [f"the interpreter refuses it: {first}"]}
     operators = Counter(node["op_name"] for node in operators)
     partitions = [node for node in nodes if node["op_name"] == "DELEGATE"]
@@ -198,13 +198,21 @@ def open_model(path):
         "onnx": open_onnx,
         "saved_model": open_saved_model,
     }
+    return opened(openers[kind], path)
+
+
+def opened(opener, path):
+    """What `opener` makes of a path; an error of any kind becomes one line."""
     try:
-        return openers[kind](path)
+        return opener(path)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # readers of four formats, each with its own kinds
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(f"{path} cannot be read: {first}") from error
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def format_of(path):
@@ -215,8 +223,6 @@ def format_of(path):
 
 def load_keras(path):
     """The model of a `.keras` file, opened in Keras' safe mode."""
-    from . import tnt, vit  # noqa: F401  registers the layers that the file names
-
     if not zipfile.is_zipfile(path):  # of which Keras would say that it is not there
         raise ValueError("damaged, or no .keras file: those are zip archives.")
     return keras.models.load_model(path, compile=False)

@@ -4,13 +4,13 @@ Layer names are part of the interface: `patches` or `pixels`, `encoder`, `block0
 `norm`, `pool`, `head`; they are the paths of weights, features and pictures.
 """
 
-import difflib
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 from keras import layers
 
-from .tnt import PixelEmbedding, TNTBlock, WordsToPatch
+from .tnt import PixelEmbedding, TNTBlock, WordsToPatch, blocks
 from .vit import (
     AttentionPooling,
     PatchEncoder,
@@ -20,6 +20,7 @@ from .vit import (
     check_divisible,
     require,
 )
+from .weights import load_weights
 
 # ViT: Table 1 of arXiv:2010.11929 (B, L, H), Table 1 of arXiv:2106.10270 (Ti, S), Table 2 of
 # arXiv:2106.04560 (g, G). DeiT: Table 1 of arXiv:2012.12877. TNT: Table 1 of arXiv:2103.00112.
@@ -67,14 +68,14 @@ def decode_variant(family, variant, given):
         size = dict(sizes[match[1]], patch_size=int(match[2]))
     size |= {name: value for name, value in given.items() if value is not None}
     needed = ["patch_size", *next(iter(sizes.values()))]
-    missing = [name for name in needed if name not in size | {"mlp_dim": 0, "pixel_stride": 0}]
+    missing = [name for name in needed if name not in size and name != "mlp_dim"]
     require(
         not missing,
         f"{family} without a variant needs all its numbers; missing: {', '.join(missing)}.",
     )
     defaults = {"mlp_dim": 4 * size["dim"]}
     if family == "TNT":
-        defaults |= {"inner_mlp_dim": 4 * size["inner_dim"], "pixel_stride": 4}
+        defaults["inner_mlp_dim"] = 4 * size["inner_dim"]
     return defaults | size
 
 
@@ -178,8 +179,6 @@ def build_top(
 
 def load_into(model, weights):
     if weights is not None:
-        from .weights import load_weights
-
         load_weights(model, weights)
     return model
 
@@ -347,7 +346,7 @@ def TNT(
     layer_norm_epsilon=1e-5,
     gelu="erf",
     layout="official",
-    pixel_stride=None,
+    pixel_stride=4,
     patch_size=None,
     dim=None,
     depth=None,
@@ -364,7 +363,7 @@ def TNT(
             `patch_size`, `dim`, `depth`, `num_heads`, `inner_dim`, `inner_num_heads` given.
         layout: "official" (the authors' code; timm's `tnt_s_patch16_224`) or "legacy" (timm's
             `tnt_s_legacy_patch16_224`): two networks with different weights.
-        pixel_stride: of the words inside a patch, in pixels; 4 unless the variant says else.
+        pixel_stride: of the words inside a patch, in pixels.
         inner_dim, inner_num_heads, inner_mlp_dim: of the pixel stream.
         positions: "none" leaves out the words' positions too.
         input_shape, ..., mlp_dim: as in `ViT`. TNT's defaults differ: no bias in queries,
@@ -389,7 +388,6 @@ def TNT(
         inner_dim=inner_dim,
         inner_num_heads=inner_num_heads,
         inner_mlp_dim=inner_mlp_dim,
-        pixel_stride=pixel_stride,
     )
     size = decode_variant("TNT", variant, given)
     grid = check_input_shape(input_shape, size["patch_size"])
@@ -399,7 +397,7 @@ def TNT(
     pixels = PixelEmbedding(
         size["patch_size"],
         size["inner_dim"],
-        pixel_stride=size["pixel_stride"],
+        pixel_stride=pixel_stride,
         layout=layout,
         positions=positions != "none",
         dtype=dtype,
@@ -453,80 +451,6 @@ def TNT(
     return load_into(keras.Model(inputs, outputs, name=name), weights)
 
 
-FAMILIES = {"vit": ViT, "deit": DeiT, "tnt": TNT}
-
-# timm's words for the sizes of each family.
-TIMM_SIZES = {
-    "vit": dict(tiny="Ti", small="S", base="B", large="L", huge="H", giant="g", gigantic="G"),
-    "deit": dict(tiny="Ti", small="S", base="B"),
-    "tnt": dict(ti="Ti", s="S", b="B"),
-}
-
-
-def timm_names():
-    """The names of timm's models that `create_model` knows, with their patch and image size."""
-    names = [f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")]
-    names += ["vit_small_patch32_224", "vit_base_patch32_224", "vit_base_patch8_224"]
-    names += ["vit_large_patch14_224", "vit_huge_patch14_224"]
-    names += ["vit_giant_patch14_224", "vit_gigantic_patch14_224"]
-    for size in TIMM_SIZES["deit"]:
-        names += [f"deit_{size}_patch16_224", f"deit_{size}_distilled_patch16_224"]
-    names += ["tnt_ti_patch16_224", "tnt_s_patch16_224", "tnt_s_legacy_patch16_224"]
-    return [*names, "tnt_b_patch16_224"]
-
-
-def parse_name(name):
-    """A model's name -> (builder, variant, options).
-
-    Names are "vit:B/16" (family and variant), or timm's, such as
-    "deit_small_distilled_patch16_224", whose patch and image size may be any.
-    """
-    family, _, variant = str(name).partition(":")
-    if family.lower() in FAMILIES and variant:
-        return FAMILIES[family.lower()], variant, {}
-    timm = re.fullmatch(
-        r"(vit|deit|tnt)_([a-z]+)(_distilled|_legacy)?_patch(\d+)_(\d+)(\.\w+)?", str(name)
-    )
-    if timm and timm[2] in TIMM_SIZES[timm[1]]:
-        family, size, kind, patch, side = timm.groups()[:5]
-        options = {"input_shape": (int(side), int(side), 3)}
-        if kind and (family, kind) not in (("deit", "_distilled"), ("tnt", "_legacy")):
-            raise ValueError(f"Unknown model {name!r}: {family} has no {kind[1:]} form.")
-        options |= {"_distilled": {"distilled": True}, "_legacy": {"layout": "legacy"}}.get(
-            kind, {}
-        )
-        return FAMILIES[family], f"{TIMM_SIZES[family][size]}/{patch}", options
-    close = difflib.get_close_matches(str(name), timm_names(), 3, 0.5)
-    hint = f" Did you mean {', '.join(close)}?" if close else ""
-    raise ValueError(
-        f"Unknown model {name!r}: expected FAMILY:SIZE/PATCH, such as vit:B/16, deit:S/16 or "
-        f"tnt:S/16, or timm's name, such as tnt_s_patch16_224.{hint}"
-    )
-
-
-def create_model(name, **overrides):
-    """Build a model by its name: "vit:B/16", or timm's "vit_base_patch16_224".
-
-    Args:
-        name: see above.
-        **overrides: keyword arguments of `ViT`, `DeiT` or `TNT`.
-
-    Raises:
-        ValueError: for an unknown name.
-
-    Example:
-        >>> create_model("tnt_s_patch16_224", classes=10, input_shape=(64, 64, 3)).name
-        'tnt'
-    """
-    builder, variant, options = parse_name(name)
-    return builder(variant, **{**options, **overrides})
-
-
-def blocks(model):
-    """The model's blocks, first to last."""
-    return [x for x in model.layers if isinstance(x, TransformerBlock | TNTBlock)]
-
-
 def features(model, indices=None):
     """Intermediate patch tokens as maps, for dense tasks: a model of the same weights.
 
@@ -563,25 +487,13 @@ def features(model, indices=None):
 def blueprint(builder, *args, **kwargs):
     """A model without memory for its weights: to count and to check, not to run.
 
-    Resets Keras' session: its list of variables that wait for their values must not keep
-    these.
+    It is made in a thread of its own, with which Keras' list of variables that wait for their
+    values ends; policies, names and seeds of the caller's thread stay as they are.
     """
-    with keras.StatelessScope(initialize_variables=False):
-        model = builder(*args, **kwargs)
-    keras.utils.clear_session(free_memory=False)
-    return model
 
+    def build():
+        with keras.StatelessScope(initialize_variables=False):
+            return builder(*args, **kwargs)
 
-def listed():
-    """Every variant of the tables at its published patch sizes: (builder, variant, options)."""
-    patches = {"ViT": dict(Nano=(4, 8), B=(8, 16, 32), S=(8, 16, 32), L=(14, 16, 32))}
-    patches["ViT"] |= dict(H=(14,), g=(14,), G=(14,))
-    patches |= {"DeiT": {}, "TNT": {"Nano": (8,)}}
-    forms = {ViT: [{}], DeiT: [{}, {"distilled": True}], TNT: [{}, {"layout": "legacy"}]}
-    return [
-        (builder, f"{size}/{patch}", options)
-        for builder, kinds in forms.items()
-        for size in VARIANTS[builder.__name__]
-        for patch in patches[builder.__name__].get(size, (16,))
-        for options in kinds
-    ]
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(build).result()

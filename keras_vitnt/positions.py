@@ -6,11 +6,11 @@ N patches on a grid of rows x columns, D width. Tables list the grid row by row.
 import numpy as np
 
 
-def sincos2d(rows, columns, dim, temperature=10000.0):
+def sincos2d(rows, columns, dim):
     """The fixed sine-cosine table of MoCo v3 and big_vision, shape (rows * columns, dim).
 
     The width is four equal parts: sine and cosine of the column index, then of the row
-    index, at dim / 4 frequencies from 1 down to 1 / temperature. (timm's function of a
+    index, at dim / 4 frequencies from 1 down to 1 / 10000. (timm's function of a
     similar name divides the frequencies otherwise: the tables are not interchangeable.)
 
     Raises:
@@ -22,7 +22,7 @@ def sincos2d(rows, columns, dim, temperature=10000.0):
             f"got dim={dim}."
         )
     quarter = dim // 4
-    omega = temperature ** -(np.arange(quarter) / (quarter - 1))
+    omega = 10000.0 ** -(np.arange(quarter) / (quarter - 1))
     row, column = np.mgrid[:rows, :columns]
     x = column.reshape(-1, 1) * omega  # (N, D/4)
     y = row.reshape(-1, 1) * omega

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import images, models, schemes, weights
 from .checkpoints import open_checkpoint
+from .names import parse_name
 
 # Published preprocessing where a checkpoint's configuration says nothing (timm's values; for
 # torchvision its own): mean and std, crop, interpolation.
@@ -43,7 +44,7 @@ def family(names):
 def named_variant(names):
     """The table's numbers of the architecture that the configuration names; {} without."""
     try:
-        builder, variant, _ = models.parse_name(names.checkpoint.config.get("architecture"))
+        builder, variant, _ = parse_name(names.checkpoint.config.get("architecture"))
     except ValueError:
         return {}
     return models.VARIANTS[builder.__name__][variant.split("/")[0]]
@@ -267,8 +268,9 @@ def config_preprocessing(config):
     return dict(**found, squash=not shortest)
 
 
-def preprocessing_of(names, size):
-    """The `images.Preprocessing` of a checkpoint for images of a size (height, width)."""
+def preprocessing_of(names, shape):
+    """The `images.Preprocessing` of a checkpoint for images of a shape (H, W, C)."""
+    *size, channels = shape
     found = dict(FAMILY_PREPROCESSING[family(names)])
     large = f"{names.scheme.name}, 384 or larger"
     kind = large if large in SCHEME_PREPROCESSING and max(size) >= 384 else names.scheme.name
@@ -277,14 +279,17 @@ def preprocessing_of(names, size):
     stated = config_preprocessing(names.checkpoint.config)
     if not stated and max(size) >= 384 and found.get("crop") == 0.9:
         found["crop"] = 1.0
-    return images.Preprocessing(tuple(size), **(stated or found))
+    found = images.Preprocessing(tuple(size), **(stated or found))
+    if channels == 1 and len(found.mean) == 3:  # as the kernels of the colours are summed
+        found = found._replace(mean=(sum(found.mean) / 3,), std=(sum(found.std) / 3,))
+    return found
 
 
 def preprocessing(source, size=None):
     """What a checkpoint's model expects of its images.
 
     Args:
-        source: as in `load_weights`.
+        source: a public checkpoint, see `from_checkpoint`.
         size: (height, width) in place of the checkpoint's.
 
     Returns:
@@ -298,7 +303,8 @@ def preprocessing(source, size=None):
     asked = {"input_shape": (*size, 3)} if size else {}
     # What the arrays may leave open does not matter here.
     _, options, _ = architecture(names, dict(asked, num_heads=1, inner_num_heads=1, gelu="erf"))
-    return preprocessing_of(names, size or options["input_shape"][:2])
+    *own, channels = options["input_shape"]
+    return preprocessing_of(names, (*(size or own), channels))
 
 
 def class_names(names, classes):
@@ -321,7 +327,7 @@ def decode_predictions(logits, top=5, names=None):
     """The most probable classes of each image.
 
     Args:
-        logits: array (B, classes).
+        logits: array (B, classes), or probabilities, which are taken as they are.
         top: how many.
         names: of the classes; None for ImageNet's 1,000.
 
@@ -342,8 +348,10 @@ def decode_predictions(logits, top=5, names=None):
             f"`logits` must be (images, {len(names)}), a column for each class name; got "
             f"{logits.shape}. Pass `names` for other classes."
         )
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares /= shares.sum(axis=1, keepdims=True)
+    shares = logits
+    if logits.min() < 0 or not np.allclose(logits.sum(axis=1), 1, atol=1e-3):
+        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
     order = np.argsort(-shares, axis=1)[:, :top]
     return [[(names[i], float(row[i])) for i in best] for row, best in zip(shares, order)]
 
@@ -370,15 +378,36 @@ def resolve(source, overrides):
     return names, partial(builder, **{**options, **overrides}), switches, notes
 
 
+def facts_of(names, build, model):
+    """What `inspect` and `load` tell of a checkpoint's model."""
+    return {
+        "family": family(names),
+        **build.keywords,
+        "parameters": model.count_params(),
+        "preprocessing": preprocessing_of(names, build.keywords["input_shape"])._asdict(),
+        "names": class_names(names, build.keywords.get("classes")),
+    }
+
+
+def load(source, **overrides):
+    """As `from_checkpoint`: (model, facts as of `inspect`, `Report`)."""
+    names, build, switches, notes = resolve(source, overrides)
+    model = build()
+    found, changes = weights.plan(model, names, **switches)
+    weights.assign(model, names, found, changes)
+    return model, facts_of(names, build, model), found._replace(notes=notes)
+
+
 def from_checkpoint(source, report=False, **overrides):
-    """Build the model that a checkpoint was made for, and load it.
+    """Build the model that a public checkpoint was made for, and load it.
 
     Family, layout, width, depth, patch, classes, image size and positions come from the
     arrays; what they do not tell (heads, epsilon, GELU) from config.json or the file's
     metadata, else from the family's rule, and the report says so.
 
     Args:
-        source: as in `load_weights`.
+        source: a path, or "hf:owner/name[@revision]", of what `load_weights` reads but for our own
+            `.keras` and `.weights.h5`, which say nothing of this.
         report: whether to return the `Report` too.
         **overrides: keyword arguments of the builder (`ViT`, `DeiT`, `TNT`). Another
             `input_shape` resamples positions (`method`, see `positions.resize`) and adapts the
@@ -388,34 +417,32 @@ def from_checkpoint(source, report=False, **overrides):
         A functional `keras.Model`, or (model, `Report`).
 
     Raises:
-        FileNotFoundError, ValueError, ConnectionError: see `load_weights`.
+        FileNotFoundError, ValueError: see `load_weights`.
+        ModuleNotFoundError, ConnectionError: if "hf:" needs a package, or has no connection.
 
     Example:
         >>> model = from_checkpoint("hf:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k")
         >>> small = from_checkpoint("tnt_s.safetensors", input_shape=(96, 128, 3), classes=6)
     """
-    names, build, switches, notes = resolve(source, overrides)
-    model = build()
-    found, changes = weights.plan(model, names, **switches)
-    weights.assign(model, names, found, changes)
-    found = found._replace(notes=notes)
+    model, _, found = load(source, **overrides)
     return (model, found) if report else model
 
 
 def inspect(source, **overrides):
-    """What `from_checkpoint` would do, without reading the arrays: -> (model's options, `Report`).
+    """What `from_checkpoint` would do, without reading the arrays.
 
-    The options are those of the builder, `family` and `preprocessing` beside them.
+    Args:
+        source, **overrides: as in `from_checkpoint`.
+
+    Returns:
+        (facts, `Report`): a dict of the builder's keyword arguments, with "family", "parameters",
+        "preprocessing" (a dict, see `images.Preprocessing`) and "names" (of the classes, or None)
+        beside them; and what would go where.
+
+    Raises:
+        As `from_checkpoint`.
     """
     names, build, switches, notes = resolve(source, overrides)
     model = models.blueprint(build)
     found, _ = weights.plan(model, names, **switches)
-    size = build.keywords["input_shape"][:2]
-    facts = {
-        "family": family(names),
-        **build.keywords,
-        "parameters": model.count_params(),
-        "preprocessing": preprocessing_of(names, size)._asdict(),
-        "names": class_names(names, build.keywords.get("classes")),
-    }
-    return facts, found._replace(notes=notes)
+    return facts_of(names, build, model), found._replace(notes=notes)

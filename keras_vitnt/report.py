@@ -1,4 +1,4 @@
-"""Pictures of a training run."""
+"""Pictures of a training run, tables of files."""
 
 import numpy as np
 

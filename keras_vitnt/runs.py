@@ -18,9 +18,8 @@ def finish(model, validation, originals, classes, folder, record):
     `originals` has the validation photos at full size, for the pictures: {name: source}.
     """
     labels = validation.photos.labels
-    x = np.concatenate([validation[i][0] for i in range(len(validation))])
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in classes))
-    predicted = model.predict(x, batch_size=validation.batch_size, verbose=0).argmax(-1)
+    predicted = model.predict(validation, verbose=0).argmax(-1)
     record["validation_accuracy"] = float((predicted == labels).mean())
     copy(model).save(folder / "model.keras")
     draw(model, validation, originals, classes, predicted, folder)

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import datasets, images, pretrained
 from .checkpoints import is_checkpoint
-from .gate import load_keras, open_model
+from .gate import load_keras, open_model, opened
 
 
 class Source(NamedTuple):
@@ -82,10 +82,9 @@ def open_keras_model(name, image_size=None):
     """
     if is_checkpoint(name):
         asked = {"input_shape": (*image_size, 3)} if image_size else {}
-        facts, _ = pretrained.inspect(name, **asked)
+        model, facts, _ = pretrained.load(name, **asked)
         if facts.get("include_top") is False:
             raise ValueError(f"{name} has no classes: it holds a network without a head.")
-        model = pretrained.from_checkpoint(name, **asked)
         return model, Source(images.Preprocessing(**facts["preprocessing"]), facts["names"])
     file = file_of(name)
     if not file.exists():
@@ -94,17 +93,34 @@ def open_keras_model(name, image_size=None):
         raise ValueError(
             f"{file}: expected a run's folder, a .keras file, a checkpoint or hf:OWNER/NAME."
         )
-    try:
-        model = load_keras(file)
-    except Exception as error:  # Keras has many kinds
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(f"{file} cannot be read: {first}") from error
+    model = opened(load_keras, file)
     return model, recorded(file) or Source(images.symmetric(model.input_shape[1:]))
 
 
 def evenly(items, count):
     """At most `count` indices of items, spread evenly."""
     return np.unique(np.linspace(0, items - 1, min(items, count)).round().astype(int))
+
+
+def relabelled(labels, classes, names):
+    """Labels that index a data set's `classes`, as a model's `names` (None: the same) count them.
+
+    None if these are other classes.
+    """
+    if names is None:
+        return labels
+    if sorted(names) != sorted(classes):
+        return None
+    return np.array([names.index(classes[label]) for label in labels], int)
+
+
+def difference(names, data, classes):
+    """That a model knows other classes than a data set has, as a sentence."""
+
+    def some(names):
+        return ", ".join(names[:5]) + (f", ... ({len(names)})" if len(names) > 5 else "")
+
+    return f"The model knows the classes {some(names)}; {data} has {some(classes)}."
 
 
 def photos_of(source, limit, calibration=0):
@@ -115,22 +131,13 @@ def photos_of(source, limit, calibration=0):
         limit: at most so many of the validation part; `calibration`: of the training part.
 
     Returns:
-        (uint8 (P, H, W, 3), labels (P,), names of the classes as these count them, those of
-        `source` if it has some, uint8 (Q, H, W, 3) or None, list of str that names photos which
-        cannot be read).
-
-    Raises:
-        ValueError: if the data has other classes.
+        (uint8 (P, H, W, C), labels (P,) as the model counts them or None (see `relabelled`), the
+        data's classes, uint8 (Q, H, W, C) or None, list of str that names photos which cannot be
+        read).
     """
     train, validation, classes = datasets.load_dataset(source.data, source.data_dir)
     if calibration and not len(train.labels):
         raise ValueError(f"{source.data} leaves no photos for training: none to calibrate on.")
-    names = source.names or classes
-    if sorted(names) != sorted(classes):
-        raise ValueError(
-            f"The model knows the classes {', '.join(names)}; {source.data} has "
-            f"{', '.join(classes)}."
-        )
 
     def decoded(part, count):
         chosen = part.take(evenly(len(part.labels), count))
@@ -138,8 +145,8 @@ def photos_of(source, limit, calibration=0):
         return np.stack(good.sources), good.labels, faults
 
     pixels, labels, faults = decoded(validation, limit)
-    labels = np.array([names.index(classes[label]) for label in labels])
+    labels = relabelled(labels, classes, source.names)
     if not calibration:
-        return pixels, labels, names, None, faults
+        return pixels, labels, classes, None, faults
     samples, _, more = decoded(train, calibration)
-    return pixels, labels, names, samples, faults + more
+    return pixels, labels, classes, samples, faults + more

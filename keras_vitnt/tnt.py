@@ -238,3 +238,8 @@ class TNTBlock(layers.Layer):
     def call(self, pixels, patches):
         pixels = self.run_inner(pixels)
         return pixels, self.outer(self.fuse(pixels, patches))
+
+
+def blocks(model):
+    """The model's blocks, first to last."""
+    return [x for x in model.layers if isinstance(x, TransformerBlock | TNTBlock)]

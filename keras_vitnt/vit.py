@@ -31,6 +31,10 @@ def check_divisible(height, width, side):
     )
 
 
+def check_heads(num_heads, dim):
+    require(dim % num_heads == 0, f"num_heads={num_heads} does not divide the width {dim}.")
+
+
 def cut(x, side):
     """Cut maps (B, H, W, C) into squares (B * N, side, side * C), row by row.
 
@@ -264,7 +268,6 @@ class Attention(layers.Layer):
     Args:
         num_heads: h; it must divide D.
         qkv_bias: bias of the fused projection D -> 3D (queries, keys, values in this order).
-        output_bias: bias of the output projection.
         dropout: rate on the attention scores.
 
     Call arguments:
@@ -278,25 +281,19 @@ class Attention(layers.Layer):
         (2, 197, 192)
     """
 
-    def __init__(self, num_heads, qkv_bias=True, output_bias=True, dropout=0.0, **kwargs):
+    def __init__(self, num_heads, qkv_bias=True, dropout=0.0, **kwargs):
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.qkv_bias = qkv_bias
-        self.output_bias = output_bias
         self.dropout = layers.Dropout(dropout, dtype=self.dtype_policy, name="dropout")
 
     def build(self, shape):
         dim = shape[-1]
-        require(
-            dim % self.num_heads == 0,
-            f"num_heads={self.num_heads} does not divide the width {dim}.",
-        )
+        check_heads(self.num_heads, dim)
         self.qkv = layers.Dense(
             3 * dim, use_bias=self.qkv_bias, dtype=self.dtype_policy, name="qkv"
         )
-        self.proj = layers.Dense(
-            dim, use_bias=self.output_bias, dtype=self.dtype_policy, name="proj"
-        )
+        self.proj = layers.Dense(dim, dtype=self.dtype_policy, name="proj")
         self.qkv.build(shape)
         self.proj.build(shape)
 
@@ -479,6 +476,7 @@ class TokenPooling(layers.Layer):
 
     def __init__(self, pooling="token", index=0, num_prefix_tokens=1, **kwargs):
         super().__init__(**kwargs)
+        require(pooling in ("token", "avg"), f'pooling is "token" or "avg"; got {pooling!r}.')
         self.pooling = pooling
         self.index = index
         self.num_prefix_tokens = num_prefix_tokens
@@ -532,6 +530,7 @@ class AttentionPooling(layers.Layer):
 
     def build(self, shape):
         dim = shape[-1]
+        check_heads(self.num_heads, dim)
         self.query_token = self.add_weight(
             shape=(1, dim), initializer="glorot_uniform", name="query_token"
         )

@@ -552,13 +552,13 @@ def describe(model):
             "num_heads_inner": block.inner.attention.num_heads,
             "num_heads_outer": outer.attention.num_heads,
         }
-    pools = [layer.pooling for layer in model.layers if hasattr(layer, "pooling")]
+    pools = [layer for layer in model.layers if layer.name.startswith("pool")]
     facts = {
         **heads,
         "img_size": "{}x{}".format(*model.input_shape[1:3]),
         "layer_norm_epsilon": outer.norm1.epsilon,
         "gelu": outer.mlp.gelu,
-        "global_pool": pools[0] if pools else "map",
+        "global_pool": getattr(pools[0], "pooling", "map") if pools else "",
         "positions": model.get_layer("encoder").positions,
     }
     return {name: str(value) for name, value in facts.items()}

@@ -90,7 +90,8 @@ def numpy(x):
 def converted(model, kinds, folder, photos, calibration=None, **job):
     """The conversion process' work, done in this one: [report as a dict], for LiteRT files."""
     size = model.input_shape[1:3]
-    job = {"graph": "lean", "preprocessing": [size, [0.5] * 3, [0.5] * 3], **job}
+    job = {"graph": "lean", "batch_size": 1, "input": "float"} | job
+    job = {"preprocessing": [size, [0.5] * 3, [0.5] * 3]} | job
     job["files"] = [{"path": str(folder / f"{kind}.tflite"), "quantize": kind} for kind in kinds]
     arrays = {"photos": photos, "calibration": calibration}
     return conversion.write_all(model, job, arrays, folder)

@@ -10,8 +10,9 @@ from helpers import weights_file
 from PIL import Image
 from test_datasets import write_photos
 
-from keras_vitnt import cli, commands, explain, models
+from keras_vitnt import cli, commands, datasets, explain, images, models, names
 from keras_vitnt.gate import open_model
+from keras_vitnt.sources import Source
 
 
 def run(monkeypatch, *arguments):
@@ -184,6 +185,9 @@ def test_interrupted_training_keeps_a_state_to_resume(
         patch.setattr(keras.callbacks.CSVLogger, "on_epoch_begin", stop_in_second_epoch)
         run(monkeypatch, *train)
     assert "--resume" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *train, "--resume", "--lr", 0.5)
+    assert "--lr was None, is 0.5" in capsys.readouterr().err
     run(monkeypatch, *train, "--resume")
     assert seen == [True, False] and not (output / "backup").exists()
     run(monkeypatch, *train[:-1], tmp_path / "whole")  # the same without a stop
@@ -226,7 +230,7 @@ def test_interrupted_training_keeps_a_state_to_resume(
     ],
 )
 def test_shape_walk_shows_run_time_shapes(name, stages):
-    model = models.create_model(name, classes=5, depth=1)
+    model = names.create_model(name, classes=5, depth=1)
     rows = explain.shape_walk(model, np.zeros((2, 224, 224, 3), "float32"))
     found = {stage: shape for _, stage, shape in rows}
     assert {stage: found.get(stage) for stage in stages} == stages
@@ -283,11 +287,58 @@ def test_a_damaged_run_is_named(case, photos, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "x.tflite").exists()
 
 
+def test_evaluation_sees_photos_as_prediction_does(photos, tmp_path, monkeypatch, capsys):
+    """Cropped once, in whatever order the data has the classes; a run's own data by itself."""
+    model = models.ViT("Nano/8", input_shape=(16, 16, 3), classes=2, depth=1)
+    model.get_layer("head").bias.assign([0, 0.01])
+    model.save(tmp_path / "model.keras")
+    preprocessing = images.Preprocessing((16, 16), crop=0.6)._asdict()
+    record = {"preprocessing": preprocessing, "data": f"folder:{photos}", "data_dir": None}
+    (tmp_path / "metrics.json").write_text(json.dumps(record))
+    held_out = datasets.load_dataset(f"folder:{photos}")[1]
+    guesses = []
+    for path in held_out.sources:
+        run(monkeypatch, "predict", tmp_path, path)
+        guesses.append(re.findall("class (.)", capsys.readouterr().out)[0] == "1")
+    right = sum(np.equal(guesses, held_out.labels))
+    run(monkeypatch, "evaluate", tmp_path)
+    assert f"{right} of 4 right" in capsys.readouterr().out
+    (tmp_path / "labels.txt").write_text("dog\ncat\n")
+    run(monkeypatch, "evaluate", tmp_path)
+    assert f"{4 - right} of 4 right" in capsys.readouterr().out
+
+
+def test_evaluation_does_not_crop_twice(photos, tmp_path, monkeypatch):
+    preprocessing = images.Preprocessing((8, 8), crop=0.5)
+    seen = []
+
+    def open_function(name):
+        return lambda x: seen.append(x) or np.zeros((len(x), 2)), Source(preprocessing), "uint8"
+
+    monkeypatch.setattr(commands, "open_function", open_function)
+    run(monkeypatch, "evaluate", "any", "--data", f"folder:{photos}")
+    sources = datasets.load_dataset(f"folder:{photos}")[1].sources
+    expected = [images.fit(images.decode(source), preprocessing) for source in sources]
+    np.testing.assert_array_equal(np.concatenate(seen), expected)
+
+
 def test_other_classes_are_not_scored(photos, tmp_path, monkeypatch, capsys):
     models.ViT("Nano/8", input_shape=(8, 8, 3), classes=3).save(tmp_path / "model.keras")
     with pytest.raises(SystemExit):
         run(monkeypatch, "evaluate", tmp_path, "--data", f"folder:{photos}")
     assert "gives (3,) for each photo" in capsys.readouterr().err
+    models.ViT("Nano/8", input_shape=(8, 8, 3), classes=7, depth=1).save(tmp_path / "model.keras")
+    (tmp_path / "model.keras.json").write_text(
+        json.dumps({"preprocessing": {"size": [8, 8]}, "names": list("abcdefg")})
+    )
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "evaluate", tmp_path, "--data", f"folder:{photos}")
+    expected = "The model knows the classes a, b, c, d, e, ... (7); "
+    assert expected in capsys.readouterr().err
+    data = ["--photos", f"folder:{photos}"]
+    run(monkeypatch, "export", tmp_path, tmp_path / "x.tflite", *data, "--quantize", "int8-static")
+    found = capsys.readouterr().out
+    assert expected in found and "Compared without accuracy" in found
 
 
 def test_training_and_calibration_need_photos_of_the_training_part(tmp_path, monkeypatch, capsys):

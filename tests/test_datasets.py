@@ -1,5 +1,6 @@
 """Photos in, batches out: splits, faults, order and augmentation."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,9 @@ def test_folders_with_and_without_a_split(tmp_path):
     assert again.names == validation.names
     train, validation, _ = datasets.load_dataset(f"folder:{tmp_path}/parts")
     assert (len(train.labels), len(validation.labels)) == (4, 2)
+    shutil.rmtree(tmp_path / "parts" / "val")
+    train, validation, classes = datasets.load_dataset(f"folder:{tmp_path}/parts")
+    assert (len(train.labels), len(validation.labels), classes) == (2, 2, ["cat", "dog"])
 
 
 def test_unreadable_files_are_counted_and_named(tmp_path):

@@ -485,7 +485,8 @@ def test_a_compact_file_rounds_positions_and_nothing_else(kind, case, batch, tmp
 
     builder, options = OPTIONS[case]
     model = settle(builder(**options))
-    job = {"graph": "lean", "batch_size": batch, "preprocessing": [(8, 12), [0.5] * 3, [0.5] * 3]}
+    job = {"graph": "lean", "batch_size": batch, "input": "float"}
+    job["preprocessing"] = [(8, 12), [0.5] * 3, [0.5] * 3]
     conversion.write_litert(model, tmp_path / "whole", job)
     content = quantize.compact((tmp_path / "whole").read_bytes(), kind)
     (tmp_path / "compact").write_bytes(content)
@@ -514,7 +515,7 @@ def test_a_compact_file_rounds_positions_and_nothing_else(kind, case, batch, tmp
 @pytest.mark.conversion
 def test_positions_are_narrowed_with_the_stem_of_a_lean_graph(tmp_path):
     model = settle(models.ViT(**VIT))
-    job = {"batch_size": 1, "preprocessing": [(8, 12), [0.5] * 3, [0.5] * 3]}
+    job = {"batch_size": 1, "input": "float", "preprocessing": [(8, 12), [0.5] * 3, [0.5] * 3]}
     for graph in ("lean", "plain"):
         conversion.write_litert(model, tmp_path / graph, job | {"graph": graph})
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import REFERENCE, forward, numpy
 
-from keras_vitnt import benchmark, models, positions
+from keras_vitnt import benchmark, models, names, positions
 
 # Exact counts: Google's models_test.py and timm (ViT, DeiT, TNT S and B), the papers' arithmetic
 # (TNT Ti, legacy Ti and B); ours (Nano: 32 x 32 pixels, 10 classes).
@@ -97,7 +97,8 @@ def settle(model, seed=0):
 
 def test_parameter_counts_are_exact_and_complete():
     counts = {}
-    for builder, variant, options in models.listed():
+    for name in names.listed():
+        builder, variant, options = names.parse_name(name)
         shape = dict(input_shape=(32, 32, 3), classes=10) if "Nano" in variant else {}
         model = models.blueprint(builder, variant, **options, **shape)
         counts[(builder.__name__, variant, *options.items())] = model.count_params()
@@ -109,9 +110,9 @@ def test_parameter_counts_are_exact_and_complete():
     assert {(key[0], key[1].split("/")[0]) for key in PARAMETERS} == named
 
 
-@pytest.mark.parametrize("name", models.timm_names())
+@pytest.mark.parametrize("name", names.timm_names())
 def test_timm_names(name):
-    builder, variant, options = models.parse_name(name)
+    builder, variant, options = names.parse_name(name)
     kind = [(key, value) for key, value in options.items() if key != "input_shape"]
     assert (builder.__name__, variant, *kind) in PARAMETERS
     assert options["input_shape"] == (224, 224, 3)
@@ -293,11 +294,14 @@ def test_without_top_the_model_gives_tokens_or_pooled_vectors():
         (lambda: models.ViT("XL/16"), "Unknown ViT variant 'XL/16'.*Ti, S, B"),
         (lambda: models.ViT("B/15"), "224 x 224 .* patches of 15 x 15"),
         (lambda: models.TNT(patch_size=8, dim=16), "missing: depth, num_heads"),
-        (lambda: models.create_model("vit_bas_patch16_224"), "Did you mean vit_base_patch16_224"),
-        (lambda: models.create_model("vit_base_legacy_patch16_224"), "no legacy form"),
+        (lambda: names.create_model("vit_bas_patch16_224"), "Did you mean vit_base_patch16_224"),
+        (lambda: names.create_model("vit_base_legacy_patch16_224"), "no legacy form"),
+        (lambda: names.create_model("deit:S/16-legacy"), "deit has no legacy form"),
         (lambda: models.ViT(**VIT, pooling="max"), "pooling='max'"),
         (lambda: models.ViT(**VIT, class_token=False, pooling="token"), "class_token=False"),
         (lambda: models.DeiT(**VIT, distilled=True, pooling="avg"), "two tokens"),
+        (lambda: models.TokenPooling("max"), 'pooling is "token" or "avg"; got \'max\''),
+        (lambda: models.AttentionPooling(5, 9)(np.ones((1, 4, 16))), "does not divide the width"),
     ],
 )
 def test_errors(make, message):

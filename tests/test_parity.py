@@ -6,7 +6,7 @@ import pytest
 from helpers import CASES, REFERENCE, forward, numpy, weights_file
 
 from keras_vitnt import load_weights
-from keras_vitnt.models import blocks
+from keras_vitnt.tnt import blocks
 
 
 def stages(model):

@@ -85,6 +85,25 @@ def test_inspect_tells_without_reading_arrays(monkeypatch):
     assert "inner_num_heads=2: the configuration's num_heads_inner" in str(report)
 
 
+def test_inspect_leaves_the_session_alone():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        inspect(weights_file("timm_tnt_legacy"))
+        assert keras.config.dtype_policy().name == "mixed_bfloat16"
+        assert keras.layers.Dense(1, name=None).dtype_policy.name == "mixed_bfloat16"
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_grey_checkpoints_get_grey_photos(tmp_path):
+    model = kv.ViT(dim=36, num_heads=3, **{**TINY, "input_shape": (32, 32, 1)})
+    kv.save_weights(model, tmp_path / "grey.safetensors")
+    found = preprocessing(tmp_path / "grey.safetensors")
+    assert (found.mean, found.std, found.size) == ((0.5,), (0.5,), (32, 32))
+    again, facts, _ = kv.pretrained.load(tmp_path / "grey.safetensors")
+    assert again.input_shape == (None, 32, 32, 1) and facts["preprocessing"]["mean"] == (0.5,)
+
+
 def test_preprocessing_comes_with_the_checkpoint(tmp_path):
     half, imagenet = (0.5, 0.5, 0.5), (0.485, 0.456, 0.406)
     assert preprocessing(weights_file("timm_vit")).mean == half
@@ -111,6 +130,8 @@ def test_predictions_are_named():
     assert cat[0] == "tabby" and crane[0] == "crane (machine)"
     assert cat[1] == pytest.approx(1 / (1 + 999 * np.exp(-12)))
     assert len(set(kv.pretrained.imagenet_classes())) == 1000
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert kv.decode_predictions(shares, top=1)[0] == [("tabby", pytest.approx(cat[1]))]
     with pytest.raises(ValueError, match=r"\(images, 1000\)"):
         kv.decode_predictions(np.zeros((1, 10)))
 
