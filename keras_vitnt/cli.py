@@ -262,7 +262,9 @@ def check_backend(name):
 
 def main():
     arguments = parser().parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is as Ctrl-C
+    for name in ("SIGTERM", "SIGHUP"):  # a scheduler's stop, a closed terminal: as Ctrl-C
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         check_backend(arguments.backend)
         arguments.function(arguments)

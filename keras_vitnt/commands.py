@@ -213,6 +213,10 @@ def predict(arguments):
     run, source, dtype = open_function(arguments.model)
     fitted = [images.fit(images.decode(path), source.preprocessing) for path in arguments.images]
     logits = run(given(np.stack(fitted), source, dtype))
+    if logits.shape[1:] == (1,):  # no classes to choose from
+        for path, (output,) in zip(arguments.images, logits):
+            print(f"{path}\n  output {output:.4f}")
+        return
     names = source.names or [f"class {i}" for i in range(logits.shape[1])]
     for path, best in zip(
         arguments.images, pretrained.decode_predictions(logits, arguments.top, names)

@@ -164,6 +164,8 @@ class Worker:
             raise Refused(
                 "The model is refused: its own outputs for the photos are not all finite."
             )
+        probabilities = self.expected.min() >= 0 and self.expected.max() <= 1
+        self.floor = 0.0 if probabilities else 1.0  # see `gate.faults`
         names = job.get("names") or [str(i) for i in range(self.expected.shape[-1])]
         if self.labels is not None and job.get("check_labels"):
             mixed = gate.swapped(self.expected, self.labels, names)
@@ -202,11 +204,15 @@ class Worker:
         name = "The float32 LiteRT file"
         refuse(name, gate.structure(path)["faults"])
         compared = self.compare(path)
-        refuse(name, gate.faults(compared))
+        refuse(name, gate.faults(compared, floor=self.floor))
         return path, compared
 
     def quantized(self, whole, path, kind):
         """Write a quantised file; (parts kept in float, sensitivity)."""
+        if not quantize.parts(whole):
+            raise Refused(
+                f"{path.name} is refused: there is no dense layer or convolution to quantise."
+            )
         ranges = None
         if kind == "int8-static":
             say(f"Running the float32 file on {len(self.calibration)} photos of the training data")
@@ -276,7 +282,8 @@ class Worker:
             say(f"Running {path.name} on {len(self.pixels)} photos")
             exact = form == "litert" and not kind
             compared = self.floats[False][1] if exact else self.compare(path)
-            refuse(path.name, gate.faults(compared, kind, self.job.get("min_agreement")))
+            agreement = self.job.get("min_agreement")
+            refuse(path.name, gate.faults(compared, kind, agreement, self.floor))
         return Report(
             path=str(path),
             format=form,

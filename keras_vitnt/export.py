@@ -10,6 +10,7 @@ import json
 import operator
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,16 @@ from .vit import PatchEncoder
 
 PHOTOS = 500  # of the validation part; enough to see a fifth of a point
 CALIBRATION = 64  # of the training part
+SUFFIXES = (".tflite", ".onnx", ".keras")
+# What the conversion process runs: this package's, not another one that is installed.
+START = """
+import sys
+work, here = sys.argv[1:]
+if here not in sys.path:
+    sys.path.insert(0, here)
+from keras_vitnt.conversion import main
+main(work)
+"""
 
 
 def export(
@@ -71,8 +82,8 @@ def export(
         graph: of a `.tflite` or `.onnx`: "lean", the network rewritten for runtimes that fuse
             nothing (see `edge`), for a `ViT`, `DeiT` or `TNT`; or "plain", as Keras exports it, for
             any model of images that is made of Keras' layers and this package's.
-        preprocessing: `images.Preprocessing`; None for a model's pixels in -1..1.
-        names: of the classes, for the report and messages.
+        preprocessing: `images.Preprocessing`, or a dict of it; None for pixels in -1..1.
+        names: of the classes, a list of str, for the report and messages.
         photos: uint8 (P, H, W, C) to compare on, or "embedded", "folder:PATH" or "tfds:NAME" for
             the validation photos there; None for those of a run, else for some embedded ones.
         data_dir: where TensorFlow Datasets keeps its sets.
@@ -98,7 +109,9 @@ def export(
         >>> export(model, "model_int8.tflite", quantize="int8").comparison.agreement
         1.0
     """
-    targets = {Path(path): quantize}
+    path = Path(path).expanduser()
+    keep_float = keep_float if keep_float is None or isinstance(keep_float, str) else [*keep_float]
+    targets = {path: quantize}
     job = dict(
         batch_size=batch_size,
         input=input,
@@ -114,13 +127,14 @@ def export(
         )
     if image_size is not None:
         image_size = sides(image_size)
+    names = class_names(names)
     source = sources.Source(preprocessing, names)
     if not isinstance(model, keras.Model):
         model, source = sources.open_keras_model(model, image_size)
-        source = source._replace(
-            preprocessing=preprocessing or source.preprocessing, names=names or source.names
-        )
-    check_model(model)
+        source = source._replace(preprocessing=preprocessing or source.preprocessing)
+        if names and sorted(names) == sorted(source.names or names):  # in this order, then
+            source = source._replace(names=names)
+    gate.check_model(model)
     if image_size is not None:
         model = resized(model, image_size)
     source = source._replace(preprocessing=fitted(source.preprocessing, model))
@@ -138,7 +152,7 @@ def export(
         targets,
         graph,
         preprocessing=source.preprocessing,
-        names=source.names,
+        names=names or source.names,
         photos=photos,
         labels=labels,
         calibration=calibration,
@@ -201,7 +215,7 @@ def export_all(
 
     targets = {Path(path): kind for path, kind in targets.items()}
     check_targets(targets, graph, **job)
-    check_model(model)
+    gate.check_model(model)
     if graph == "lean" and {format_of(path) for path in targets} & {"litert", "onnx"}:
         edge.check(model)
     arrays = {"photos": photos, "labels": labels, "calibration": calibration}
@@ -213,9 +227,10 @@ def export_all(
     preprocessing = fitted(preprocessing, model)
     if photos is None:
         arrays["photos"] = real_photos(model.input_shape[1:])
+    places = [path.absolute() for path in targets]  # wherever the working directory goes
     with ExitStack() as stack:
         folders = []
-        for path in targets:
+        for path in places:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 new = tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-")
@@ -227,7 +242,7 @@ def export_all(
         np.savez(work / "arrays.npz", **arrays)
         files = [
             {"path": str(folder / path.name), "quantize": kind}
-            for folder, (path, kind) in zip(folders, targets.items())
+            for folder, path, kind in zip(folders, places, targets.values())
         ]
         job = {"batch_size": 1, "input": "float"} | job
         job |= {"graph": graph, "files": files, "preprocessing": preprocessing}
@@ -236,12 +251,13 @@ def export_all(
         with Console(stderr=True).status("Starting TensorFlow") as status:
             convert(work, status.update)
         reports = []
-        for found, path in zip(json.loads((work / "reports.json").read_text()), targets):
+        written = json.loads((work / "reports.json").read_text())
+        for found, path, place in zip(written, targets, places):
             compared = found["comparison"] and gate.Comparison(**found["comparison"])
             rows = [quantize.Sensitivity(**row) for row in found["sensitivity"]]
             report = Report(**{**found, "path": path, "comparison": compared, "sensitivity": rows})
-            put_in_place(Path(found["path"]), path)
-            beside = report_of(path)
+            put_in_place(Path(found["path"]), place)
+            beside = report_of(place)
             new = Path(found["path"]).with_name(beside.name)
             new.write_text(record(report, preprocessing, names))
             put_in_place(new, beside)
@@ -252,13 +268,25 @@ def export_all(
 def fitted(preprocessing, model):
     """The `images.Preprocessing` at a model's size; pixels in -1..1 if none is given."""
     *size, channels = model.input_shape[1:]
-    found = preprocessing or images.symmetric(model.input_shape[1:])
-    if not len(found.mean) == len(found.std) == channels:
+    if isinstance(preprocessing, dict):  # as the report beside a file has it
+        preprocessing = images.Preprocessing(**preprocessing)
+    found = images.check(preprocessing or images.symmetric(model.input_shape[1:]))
+    if len(found.mean) != channels:
         raise ValueError(
             f"`preprocessing` needs a mean and a std for each of the model's {channels} channels; "
             f"got {found.mean} and {found.std}."
         )
     return found._replace(size=tuple(size))
+
+
+def class_names(names):
+    """Names of classes as a list of str; None for None."""
+    if names is None:
+        return None
+    whole = not isinstance(names, str | dict | set) and hasattr(names, "__len__")
+    if not whole or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`names` is a list of str, one for each class; got {names!r}.")
+    return [str(name) for name in names]
 
 
 def as_list(x):
@@ -282,7 +310,8 @@ def check_targets(
         raise ValueError(f'`graph` must be "lean" or "plain"; got {graph!r}.')
     if input not in ("float", "uint8"):
         raise ValueError(f'`input` must be "float" or "uint8"; got {input!r}.')
-    if not (isinstance(batch_size, Integral) and batch_size > 0):
+    whole = isinstance(batch_size, Integral) and not isinstance(batch_size, bool)
+    if not whole or batch_size < 1:
         raise ValueError(f"`batch_size` must be a positive whole number; got {batch_size!r}.")
     if min_agreement is not None and not 0 <= min_agreement <= 1:
         raise ValueError(f"`min_agreement` is a share, 0 to 1, such as 0.99; got {min_agreement}.")
@@ -299,7 +328,7 @@ def check_targets(
     by_part = max_drop is not None or keep_float is not None or sensitivity
     for path, kind in targets.items():
         form = format_of(path)
-        if form is None or not path.name:
+        if form is None or path.name in ("", "..", *SUFFIXES):
             raise ValueError(
                 f"Unknown format of {path}: expected a name that ends in .tflite, .onnx or .keras, "
                 "or a folder's name without suffix for a SavedModel."
@@ -340,21 +369,6 @@ def is_report(path):
         return False
 
 
-def check_model(model):
-    """Refuse a model that no format takes: it must map one batch of images to one tensor."""
-    inputs, outputs = (getattr(model, name, None) or [] for name in ("inputs", "outputs"))
-    if len(inputs) != 1 or len(outputs) != 1:
-        raise ValueError(
-            f"A built model with one input and one output can be exported; {model.name!r} has "
-            f"{len(inputs)} and {len(outputs)}."
-        )
-    shape = tuple(inputs[0].shape[1:])
-    if len(shape) != 3 or None in shape:
-        raise ValueError(
-            f"A model of images of one size (H, W, C) is expected; {model.name!r} takes {shape}."
-        )
-
-
 def check_arrays(model, targets, names, photos=None, labels=None, calibration=None):
     """Refuse photos, labels and names that do not fit the model or each other."""
     shape, classes = model.input_shape[1:], model.output_shape[-1]
@@ -390,6 +404,8 @@ def check_arrays(model, targets, names, photos=None, labels=None, calibration=No
 
 def convert(work, progress):
     """Run the conversion process on its folder; it ends when this one does."""
+    from rich.markup import escape
+
     environment = dict(
         os.environ,
         KERAS_BACKEND="tensorflow",
@@ -397,9 +413,8 @@ def convert(work, progress):
         TF_CPP_MIN_LOG_LEVEL="3",
         TMPDIR=str(work),  # a killed process cannot clear what it put elsewhere
     )
-    code = "import sys; from keras_vitnt.conversion import main; main(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(work)]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-P", "-c", START, str(work), str(Path(__file__).parents[1])]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
     with (
         open(work / "log", "w") as log,
         subprocess.Popen(command, env=environment, stderr=log, **pipes) as process,
@@ -407,13 +422,17 @@ def convert(work, progress):
         try:
             for line in process.stdout:
                 if line.startswith("* "):
-                    progress(line[2:].strip())
+                    progress(escape(line[2:].strip()))
             failed = process.wait()
         finally:
             process.kill()
     refused = work / "refused"
     if refused.exists():
         raise RuntimeError(refused.read_text())
+    if failed < 0:
+        name = signal.Signals(-failed).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        raise RuntimeError(f"The export under TensorFlow was ended by {name}{hint}.")
     if failed:
         text = (work / "log").read_text()
         last = (text.strip().splitlines() or ["no message"])[-1]
@@ -424,6 +443,7 @@ def convert(work, progress):
 
 def put_in_place(new, path):
     """Give a finished file or folder its final name, in place of what stands there."""
+    path = path.resolve()  # where a link to a SavedModel's folder leads
     while True:
         if path.is_dir():  # no folder can be replaced in one step: the old one goes aside
             with suppress(FileNotFoundError):
@@ -455,8 +475,15 @@ def copy(model, dtype=None):
         return [rename(item) for item in value] if isinstance(value, list | tuple) else value
 
     config = model.get_config()
-    clone = type(model).from_config(rename(config) if dtype else config)
-    clone.set_weights(model.get_weights())
+    kind = keras.Sequential if isinstance(model, keras.Sequential) else keras.Model
+    clone = kind.from_config(rename(config) if dtype else config)
+    try:
+        clone.set_weights(model.get_weights())
+    except ValueError as error:
+        raise ValueError(
+            f"{model.name!r} has weights that its layers' configurations do not tell of, such as "
+            f"LoRA's or those of Keras' own quantize(): {error}"
+        ) from error
     return clone
 
 

@@ -56,27 +56,36 @@ def compare(actual, expected, labels=None):
     if b.shape[1] == 1:  # the cosine of two numbers is 1 or -1: that of all photos' says more
         a, b = a.T, b.T
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    same = (a == b).all(axis=1)  # zeros, too, have the direction of zeros
     return Comparison(
         photos,
         float(np.abs(a - b).max()),
         float(np.abs(b).max()),
-        float(((a * b).sum(1) / np.maximum(norms, 1e-30)).mean()),
+        float(np.where(same, 1, (a * b).sum(1) / np.maximum(norms, 1e-30)).mean()),
         float((guessed == known).mean()),
         None if labels is None else float((guessed == labels).mean()),
         None if labels is None else float((known == labels).mean()),
     )
 
 
-def faults(found, quantize=None, min_agreement=None):
-    """The rules of numbers that a `Comparison` breaks: a list of str."""
+def faults(found, quantize=None, min_agreement=None, floor=1.0):
+    """The rules of numbers that a `Comparison` breaks: a list of str.
+
+    A float32 file's differences are measured by the largest logit, or by `floor` if that is more;
+    0 for probabilities, of which the largest may be small.
+    """
     broken = []
-    limit = FLOAT_TOLERANCE * max(1.0, found.largest_logit)
+    limit = FLOAT_TOLERANCE * max(floor, found.largest_logit)
     if quantize is None and not found.max_difference <= limit:
         broken.append(
             f"it differs from Keras by {found.max_difference:.1e}; {limit:.1e} is allowed"
         )
     if not found.cosine >= LEAST_COSINE:
         broken.append(f"the cosine of its logits with Keras' is {found.cosine:.3f}")
+    elif not found.max_difference <= found.largest_logit:
+        broken.append(
+            f"a logit differs from Keras' by {found.max_difference:.1e}, more than the largest is"
+        )
     if min_agreement is not None and not found.agreement >= min_agreement:
         broken.append(
             f"top-1 agreement is {found.agreement:.2%} of {found.photos} photos; "
@@ -228,8 +237,35 @@ def load_keras(path):
     return keras.models.load_model(path, compile=False)
 
 
+def check_model(model):
+    """Refuse a model that does not map one batch of images to one tensor.
+
+    Raises:
+        ValueError: if it has more inputs or outputs, other inputs or reads whole numbers.
+    """
+    inputs, outputs = (getattr(model, name, None) or [] for name in ("inputs", "outputs"))
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise ValueError(
+            f"A built model with one input and one output is expected; {model.name!r} has "
+            f"{len(inputs)} and {len(outputs)}."
+        )
+    if isinstance(model.compute_output_spec(inputs[0]), dict):
+        raise ValueError(f"A tensor is expected as output, not a dict as of {model.name!r}.")
+    shape = tuple(inputs[0].shape[1:])
+    if len(shape) != 3 or None in shape:
+        raise ValueError(
+            f"A model of images of one size (H, W, C) is expected; {model.name!r} takes {shape}."
+        )
+    if not keras.backend.is_float_dtype(inputs[0].dtype):
+        raise ValueError(
+            f"A model of normalised images is expected; {model.name!r} takes {inputs[0].dtype}: "
+            "give it a float32 input."
+        )
+
+
 def open_keras(path):
     model = load_keras(path)
+    check_model(model)
     return (lambda x: model.predict(x, verbose=0)), tuple(model.input_shape[1:]), "float32"
 
 

@@ -32,6 +32,26 @@ class Preprocessing(NamedTuple):
     squash: bool = False
 
 
+def check(preprocessing):
+    """Refuse a `Preprocessing` that is none; it is returned with tuples in place of lists.
+
+    Raises:
+        ValueError: for anything but numbers of channels, a share and a known interpolation.
+    """
+    size, mean, std, crop, interpolation, _ = preprocessing
+    try:
+        size, mean, std = tuple(map(int, size)), tuple(map(float, mean)), tuple(map(float, std))
+        whole = len(size) == 2 and len(mean) == len(std) > 0 and 0 < crop <= 1 and all(std)
+    except (TypeError, ValueError):
+        whole = False
+    if not whole or interpolation not in ("bicubic", "bilinear"):
+        raise ValueError(
+            "Expected a size (height, width), a mean and a std, not 0, for each channel, a crop "
+            f'above 0 and up to 1, and "bicubic" or "bilinear"; got {preprocessing}.'
+        )
+    return preprocessing._replace(size=size, mean=mean, std=std)
+
+
 def symmetric(shape):
     """The `Preprocessing` of pixels in -1..1, for images of a shape (H, W, C)."""
     half = (0.5,) * shape[2]

@@ -55,15 +55,16 @@ def picture_confusion(matrix, names):
 def print_exports(found, title):
     """A table of `export.Report`s, a line each."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title)
+    table = Table(title=escape(title))
     labelled = any(file.comparison and file.comparison.accuracy is not None for file in found)
     columns = ["file", "size", "difference", "agreement"]
     for column in [*columns, *(["accuracy"] if labelled else []), "median"]:
         table.add_column(column, justify="left" if column == "file" else "right")
     for file in found:
-        row = [file.path.name, f"{file.bytes / 1e6:.2f} MB"]
+        row = [escape(file.path.name), f"{file.bytes / 1e6:.2f} MB"]
         if file.comparison:
             row += [f"{file.comparison.max_difference:.1e}", f"{file.comparison.agreement:.2%}"]
             row += [f"{file.comparison.accuracy:.2%}"] if labelled else []

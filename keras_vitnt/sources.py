@@ -8,7 +8,7 @@ import numpy as np
 
 from . import datasets, images, pretrained
 from .checkpoints import is_checkpoint
-from .gate import load_keras, open_model, opened
+from .gate import check_model, load_keras, open_model, opened
 
 
 class Source(NamedTuple):
@@ -38,16 +38,16 @@ def recorded(file):
         return None
     try:
         found = json.loads(record.read_text())
-        preprocessing = images.Preprocessing(**found["preprocessing"])
+        preprocessing = images.check(images.Preprocessing(**found["preprocessing"]))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{record}, which stands beside {file.name}, is not what this package writes there "
-            f"({error!r}): move one of them."
+            f"({error}): move one of them."
         ) from None
     if record == own:
         return Source(preprocessing, found.get("names"))
     labels = file.parent / "labels.txt"
-    names = labels.read_text().splitlines() if labels.is_file() else None
+    names = labels.read_text().rstrip("\n").splitlines() if labels.is_file() else None
     return Source(preprocessing, names, found.get("data"), found.get("data_dir"))
 
 
@@ -94,6 +94,7 @@ def open_keras_model(name, image_size=None):
             f"{file}: expected a run's folder, a .keras file, a checkpoint or hf:OWNER/NAME."
         )
     model = opened(load_keras, file)
+    check_model(model)
     return model, recorded(file) or Source(images.symmetric(model.input_shape[1:]))
 
 

@@ -271,6 +271,11 @@ DAMAGED = {
     "a text": ("model.keras", "no model", "damaged, or no .keras file"),
     "foreign metrics": ("metrics.json", '{"loss": 0.3}', "metrics.json, which stands beside"),
     "a cut record": ("model.keras.json", '{"names": [', "model.keras.json, which stands beside"),
+    "no interpolation": (
+        "model.keras.json",
+        '{"preprocessing": {"size": [8, 8], "interpolation": "lanczos9"}}',
+        "is not what this package writes there (Expected a size",
+    ),
     "another record": ("model.keras.json", "[1, 2]", "is not what this package writes there"),
 }
 
@@ -320,6 +325,28 @@ def test_evaluation_does_not_crop_twice(photos, tmp_path, monkeypatch):
     sources = datasets.load_dataset(f"folder:{photos}")[1].sources
     expected = [images.fit(images.decode(source), preprocessing) for source in sources]
     np.testing.assert_array_equal(np.concatenate(seen), expected)
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "export"])
+def test_models_of_other_things_are_refused(command, photos, tmp_path, monkeypatch, capsys):
+    one, two = keras.Input((8, 8, 3)), keras.Input((None, None, 3))
+    pooled = keras.layers.GlobalAveragePooling2D()
+    for model, message in [
+        (keras.Model([one, two], pooled(one)), "one input and one output"),
+        (keras.Model(one, [pooled(one), one]), "one input and one output"),
+        (keras.Model(two, pooled(two)), "images of one size"),
+    ]:
+        model.save(tmp_path / "x.keras")
+        last = {"predict": [photos / "cat" / "0.png"], "export": [tmp_path / "x.tflite"]}
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, command, tmp_path / "x.keras", *last.get(command, []))
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_one_output_is_printed_as_it_is(photos, tmp_path, monkeypatch, capsys):
+    models.ViT("Nano/8", input_shape=(8, 8, 3), classes=1).save(tmp_path / "one.keras")
+    run(monkeypatch, "predict", tmp_path / "one.keras", photos / "cat" / "0.png")
+    assert re.search(r"output -?\d+\.\d{4}\n$", capsys.readouterr().out)
 
 
 def test_other_classes_are_not_scored(photos, tmp_path, monkeypatch, capsys):

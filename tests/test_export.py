@@ -173,8 +173,12 @@ def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
     mean = keras.layers.GlobalAveragePooling1D(name="pool")(tokens.output)
     one, gray = models.ViT(**dict(VIT, classes=1)), images.Preprocessing((8, 12), (0.5,), (0.5,))
     layered = models.ViT(**VIT, classifier_activation=keras.layers.Softmax())
+    pixels = keras.Input((8, 12, 3), dtype="uint8")
+    pixels = keras.Model(pixels, keras.layers.GlobalAveragePooling2D()(pixels))
+    loaded = models.ViT(**VIT)
+    loaded.get_layer("block00").mlp.fc1.enable_lora(2)
     wrong = [
-        (both, "saved_model", {}, "one input and one output.* has 1 and 2"),
+        (both, "saved_model", {}, "one input and one output.*has 1 and 2"),
         (keras.Sequential([keras.layers.Flatten()]), "saved_model", {}, "has 0 and 0"),
         (unsized, "saved_model", {}, r"of one size.*\(None, None, 3\)"),
         (keras.Model(base.input, keras.layers.Dense(5, **named)(vector)), "x.tflite", {}, "linear"),
@@ -219,6 +223,17 @@ def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
         (model, "x.pb", {}, "Unknown format"),
         (model, "x.tflite", {"photos": np.zeros((1, 8, 8, 3), "uint8")}, "photos.*8, 12, 3"),
         ("absent", "x.tflite", {}, "no model at absent"),
+        (model, "x.tflite", {"batch_size": True}, "batch_size.*got True"),
+        (model, "x.tflite", {"names": "abc"}, "a list of str.*got 'abc'"),
+        (model, "x.tflite", {"names": [0, 1, 2]}, r"a list of str.*got \[0, 1, 2\]"),
+        (model, "x.tflite", {"names": {"a": 0, "b": 1, "c": 2}}, "a list of str"),
+        (model, ".tflite", {}, "Unknown format of .*/.tflite"),
+        (model, "new/..", {}, "Unknown format"),
+        (model, "x.tflite", {"preprocessing": {"size": (8, 12), "mean": 0.5}}, "a mean and a std"),
+        (model, "x.tflite", {"preprocessing": {"size": (8, 12), "crop": 0}}, "a crop above 0"),
+        (pixels, "x.tflite", {"graph": "plain"}, "takes uint8: give it a float32 input"),
+        (keras.Model(model.input, {"a": model.output}), "x.tflite", {}, "not a dict"),
+        (loaded, "x.tflite", {}, "such as LoRA's"),
     ]
     for given, name, options, message in wrong:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -295,6 +310,22 @@ def test_the_gate_finds_a_wrong_weight(tmp_path):
     upside_down = gate.compare(-outputs, outputs)
     assert "cosine" in gate.faults(upside_down, "int8")[0]
     assert gate.faults(found._replace(max_difference=float("nan")))  # no number is no pass
+    assert "more than the largest is" in gate.faults(gate.compare(9 * outputs, outputs), "int8")[0]
+    zero = gate.compare(0 * outputs, 0 * outputs)
+    assert zero.cosine == 1 and not gate.faults(zero) and not gate.faults(zero, "int8")
+
+
+@pytest.mark.conversion
+def test_probabilities_are_measured_by_their_own_size(tmp_path, monkeypatch):
+    """Of many classes the largest is small: two hundredths of it are a wrong weight."""
+    model = models.ViT(**VIT | {"classes": 500}, classifier_activation="softmax")
+    photos = real_photos((8, 12, 3))
+    (report,) = converted(model, [None], tmp_path, photos)
+    assert 0 < report["comparison"]["largest_logit"] < 0.01
+    graph = edge.lean(model)
+    monkeypatch.setattr(edge, "lean", lambda *given: lambda x: 1.005 * graph(x))
+    with pytest.raises(conversion.Refused, match="it differs from Keras by"):
+        converted(model, [None], tmp_path, photos)
 
 
 @pytest.mark.conversion
@@ -406,6 +437,44 @@ def test_other_networks_may_have_layers_of_our_names(tmp_path):
 
 
 @pytest.mark.conversion
+def test_what_has_nothing_to_quantise_is_refused(tmp_path):
+    layers = [keras.Input((8, 12, 3)), keras.layers.GlobalAveragePooling2D()]
+    with pytest.raises(RuntimeError, match="no dense layer or convolution to quantise"):
+        export(keras.Sequential(layers), tmp_path / "x.tflite", "int8", graph="plain")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.conversion
+def test_a_model_with_its_own_training_is_exported(tmp_path, monkeypatch):
+    """From a folder with a file that looks like a module, over a link to a SavedModel's folder."""
+
+    class Own(keras.Model):
+        def train_step(self, data):
+            raise NotImplementedError
+
+    model = settle(models.ViT(**VIT))
+    (tmp_path / "calendar.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    export(model, "first")
+    (tmp_path / "current").symlink_to("first")
+    report = export(Own(model.input, model.output), "current")
+    assert report.path == Path("current") and (tmp_path / "current").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("calendar.py", "current", "current.json", "first", "first.json")
+    ]
+
+
+@pytest.mark.conversion
+def test_a_killed_conversion_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys.modules[export.__module__], "START", "import os; os.kill(os.getpid(), 9)"
+    )
+    with pytest.raises(RuntimeError, match="was ended by SIGKILL .out of memory"):
+        export(models.ViT(**VIT), tmp_path / "x.tflite")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.conversion
 def test_arguments_may_be_of_numpy(tmp_path):
     half = np.full(3, 0.5, "float32")
     found = export(
@@ -416,7 +485,7 @@ def test_arguments_may_be_of_numpy(tmp_path):
         preprocessing=images.Preprocessing((8, 12), half, half),
         names=np.array(["a", "b", "c"]),
         min_agreement=np.float32(0.1),
-        keep_float={"stem"},
+        keep_float=(part for part in ["stem"]),
     )
     record = json.loads((tmp_path / "x.tflite.json").read_text())
     assert record["names"] == ["a", "b", "c"] and record["preprocessing"]["mean"] == [0.5] * 3
