@@ -65,8 +65,9 @@ def export(
     The file is refused, and nothing is left, if it has operators beyond the built-in ones, dynamic
     tensors, rank above 4 or more than one XNNPACK partition (LiteRT; `graph="plain"` and static
     int8 may have more partitions), if in float32 a logit differs by more than 1e-4 of the largest
-    one (at least 1), if quantised the cosine of the logits is under 0.9, if it misses the level
-    that you ask for, or if a run's photos show that labels are swapped.
+    one (at least 1; not so for probabilities), if quantised the cosine of the logits is under 0.9
+    or one differs by more than the largest, if it misses the level that you ask for, or if a run's
+    photos show that labels are swapped.
 
     Args:
         model: a `keras.Model` with one input and one output, on any backend; or a run's folder, a

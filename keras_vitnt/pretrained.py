@@ -418,7 +418,7 @@ def from_checkpoint(source, report=False, **overrides):
 
     Raises:
         FileNotFoundError, ValueError: see `load_weights`.
-        ModuleNotFoundError, ConnectionError: if "hf:" needs a package, or has no connection.
+        ImportError, ConnectionError: if "hf:" needs a package, or has no connection.
 
     Example:
         >>> model = from_checkpoint("hf:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k")

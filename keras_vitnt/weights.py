@@ -30,7 +30,7 @@ from .schemes import (
     to_torch,
 )
 
-PRE_TRAINING = re.compile(r"^(head|head_distillation|pre_logits)/")
+HEAD = re.compile(r"^(head|head_distillation|pre_logits)/")
 
 
 class Names(NamedTuple):
@@ -287,6 +287,19 @@ def fit_factor(names, path, length, method):
     return f"resized from {rows} to {length}", (length, dim), change
 
 
+def fit(model, names, path, shape, adapt_channels, method):
+    """How an array becomes a variable's: (action, its shape then, change or None)."""
+    found = names.shape(path)
+    if path.endswith("projection/kernel") and len(found) == 4:
+        return fit_projection(names, path, shape, model.input_shape[-1], adapt_channels)
+    if path == "encoder/position_embedding":
+        return fit_positions(names, path, model.get_layer("encoder"), method)
+    if path in ("encoder/row_embedding", "encoder/column_embedding"):
+        return fit_factor(names, path, shape[0], method)
+    turned = names.scheme.leaves is TORCH_LEAVES and path.endswith("/kernel")
+    return "transposed" if turned else "loaded", found, None
+
+
 def plan(model, names, new_head=False, adapt_channels=False, method="timm"):
     """What loading would do: (`Report`, {variable: change of its array}); see `load_weights`."""
     variables = {v.path: tuple(v.shape) for v in model.weights if "seed_generator" not in v.path}
@@ -296,7 +309,7 @@ def plan(model, names, new_head=False, adapt_channels=False, method="timm"):
         used |= set(sources)
         absent = [name for name in sources if name not in names.shapes]
         originals = tuple(names.originals[name] for name in sources if name in names.shapes)
-        optional = new_head and PRE_TRAINING.match(path)
+        optional = new_head and HEAD.match(path)
         if absent or not sources:
             if optional:
                 rows.append(Row(path, (), shape, "re-initialised"))
@@ -307,20 +320,10 @@ def plan(model, names, new_head=False, adapt_channels=False, method="timm"):
             parts = ", ".join(f"{names.originals[n]} {names.shapes[n]}" for n in sources)
             misfits.append(f"{path} takes queries, keys and values of one size, not {parts}")
             continue
-        found, change = names.shape(path), None
         if wrong := other_heads(model, names, path):
             misfits.append(wrong)
             continue
-        if path.endswith("projection/kernel") and len(found) == 4:
-            channels = model.input_shape[-1]
-            action, found, change = fit_projection(names, path, shape, channels, adapt_channels)
-        elif path == "encoder/position_embedding":
-            action, found, change = fit_positions(names, path, model.get_layer("encoder"), method)
-        elif path in ("encoder/row_embedding", "encoder/column_embedding"):
-            action, found, change = fit_factor(names, path, shape[0], method)
-        else:
-            turned = names.scheme.leaves is TORCH_LEAVES and path.endswith("/kernel")
-            action = "transposed" if turned else "loaded"
+        action, found, change = fit(model, names, path, shape, adapt_channels, method)
         if found != shape and optional:
             action, originals = "re-initialised", ()
             used -= set(sources)
@@ -377,6 +380,7 @@ def load_weights(model, source, new_head=False, adapt_channels=False, method="ti
         FileNotFoundError, ValueError: if the file cannot be read; if a variable would get no
             array or one of another shape, or an array would stay unused. Nothing has been
             assigned then.
+        ImportError, ConnectionError: if "hf:" needs a package, or has no connection.
 
     Example:
         >>> model = ViT("B/16", weights="vit_base_patch16_224.safetensors")  # or
