@@ -1,6 +1,6 @@
 """ViT-S/16 and TNT-S/16 at 224 x 224, batch 1, two threads: our files beside timm's model.
 
-    pip install timm onnxscript onnxruntime openvino "keras-vitnt[torch]"
+    pip install timm onnx onnxscript onnxruntime openvino "keras-vitnt[torch]"
     KERAS_BACKEND=tensorflow python benchmarks/edge.py
 
 All have the same weights (timm's, random; zeros and ones, as which biases and norms begin, would
@@ -55,6 +55,7 @@ def peers(name, theirs, x, folder):
     import onnxruntime
     import openvino
     import torch
+    from onnxruntime.quantization import quantize_dynamic
 
     torch.set_num_threads(THREADS)
     photo = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
@@ -62,8 +63,14 @@ def peers(name, theirs, x, folder):
     torch.onnx.export(theirs, (photo,), str(file), dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    given = {session.get_inputs()[0].name: photo.numpy()}
+    small = folder / f"{name}_int8.onnx"
+    quantize_dynamic(file, small)
+
+    def onnx(file):
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        given = {session.get_inputs()[0].name: photo.numpy()}
+        return lambda: session.run(None, given)[0]
+
     core = openvino.Core()
     config = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
     by_default = core.compile_model(file, "CPU", config)
@@ -81,7 +88,8 @@ def peers(name, theirs, x, folder):
     return {
         "timm, torch eager": eager(theirs),
         "timm, torch.compile": eager(compiled),
-        "timm, ONNX Runtime": lambda: session.run(None, given)[0],
+        "timm, ONNX Runtime": onnx(file),
+        "timm, ONNX Runtime int8": onnx(small),
         "timm, OpenVINO f32": lambda: by(in_float, photo),
         f"timm, OpenVINO default ({precision})": lambda: by(by_default, photo),
     }
