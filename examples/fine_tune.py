@@ -2,8 +2,8 @@
 
     python examples/fine_tune.py hf:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k
 
-SOURCE is a public checkpoint: a file, a folder, or hf:OWNER/NAME (with the extra `hub`). The model comes from the checkpoint: positions are resampled to 64 x 64 pixels, the head is
-new.
+SOURCE is a public checkpoint: a file, a folder, or hf:OWNER/NAME (with the extra `hub`). The model
+comes from it: positions are resampled to 64 x 64 pixels, the head is new.
 
 Tried without network, with a random ViT-Ti: 7 s until training begins, an epoch takes 80 s on two
 slow and busy cores, 26 % of the validation photos after five epochs; the LiteRT file differs by
