@@ -44,7 +44,8 @@ def finish(model, validation, originals, classes, folder, record):
     write()
     title = f"{folder}: validation accuracy {record['validation_accuracy']:.2%}"
     report.print_exports(found, title)
-    print(f"Trained in {record['training_seconds']:.0f} s. Look at {', '.join(PICTURES)} there.")
+    pictures = ", ".join(name for name in PICTURES if (folder / name).exists())
+    print(f"Trained in {record['training_seconds']:.0f} s. Look at {pictures} there.")
     print(f"Next: keras-vitnt predict {folder} PHOTO...")
 
 
