@@ -14,6 +14,7 @@ from .pretrained import decode_predictions as decode_predictions
 from .pretrained import from_checkpoint as from_checkpoint
 from .pretrained import inspect as inspect
 from .pretrained import preprocessing as preprocessing
+from .saving import save_weights as save_weights
 from .tnt import PixelEmbedding as PixelEmbedding
 from .tnt import TNTBlock as TNTBlock
 from .tnt import WordsToPatch as WordsToPatch
@@ -26,6 +27,5 @@ from .vit import Patches as Patches
 from .vit import TokenPooling as TokenPooling
 from .vit import TransformerBlock as TransformerBlock
 from .weights import load_weights as load_weights
-from .weights import save_weights as save_weights
 
 __version__ = "0.1.0"

@@ -17,8 +17,9 @@ from .conversion import size_of
 from .export import export
 from .names import create_model, listed, parse_name, timm_names
 from .runs import finish
-from .sources import difference, open_function, recorded, relabelled
-from .weights import load_weights, save_weights
+from .saving import save_weights
+from .sources import open_function, other_classes, recorded, relabelled
+from .weights import load_weights
 
 # What a resumed training must have in common with its beginning.
 OPTIONS = (
@@ -135,13 +136,7 @@ def train(arguments):
     def augment(pixels, rng):
         return training.augment(pixels, rng, arguments.augment, arguments.flip)
 
-    batches = datasets.Batches(
-        photos,
-        preprocessing,
-        arguments.batch_size,
-        augment,
-        arguments.seed,
-    )
+    batches = datasets.Batches(photos, preprocessing, arguments.batch_size, augment, arguments.seed)
     validation = datasets.Batches(held_out, preprocessing, 4 * arguments.batch_size)
     training.compile_model(
         model,
@@ -289,7 +284,7 @@ def evaluate(arguments):
     _, held_out, classes = datasets.load_dataset(data, folder)
     labels = relabelled(held_out.labels, classes, source.names)
     if labels is None:
-        raise ValueError(difference(source.names, data, classes))
+        raise ValueError(other_classes(source.names, data, classes))
     (held_out,) = decode_photos([held_out._replace(labels=labels)], source.preprocessing)
     labels, size = held_out.labels, arguments.batch_size
     print(f"Data: {data}, {len(classes)} classes, {len(labels)} photos")

@@ -41,10 +41,10 @@ def check(preprocessing):
     size, mean, std, crop, interpolation, _ = preprocessing
     try:
         size, mean, std = tuple(map(int, size)), tuple(map(float, mean)), tuple(map(float, std))
-        whole = len(size) == 2 and len(mean) == len(std) > 0 and 0 < crop <= 1 and all(std)
+        valid = len(size) == 2 and len(mean) == len(std) > 0 and 0 < crop <= 1 and all(std)
     except (TypeError, ValueError):
-        whole = False
-    if not whole or interpolation not in ("bicubic", "bilinear"):
+        valid = False
+    if not valid or interpolation not in ("bicubic", "bilinear"):
         raise ValueError(
             "Expected a size (height, width), a mean and a std, not 0, for each channel, a crop "
             f'above 0 and up to 1, and "bicubic" or "bilinear"; got {preprocessing}.'

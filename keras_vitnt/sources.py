@@ -115,7 +115,7 @@ def relabelled(labels, classes, names):
     return np.array([names.index(classes[label]) for label in labels], int)
 
 
-def difference(names, data, classes):
+def other_classes(names, data, classes):
     """That a model knows other classes than a data set has, as a sentence."""
 
     def some(names):
