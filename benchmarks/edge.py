@@ -118,13 +118,12 @@ def undone():
     """{rewrite: replacements in `edge`, `edge_vit` and `edge_tnt` that undo it}."""
     import tensorflow as tf
 
-    normed, central = edge_vit.normed, edge_vit.central
-    of_words = edge_tnt.words_by_exponentials
+    normed, exponentials = edge_vit.normed, edge_tnt.exponentials
     apart = []
 
-    def with_mean(x, norm):
-        x = central(x)
-        return normed(x, norm)
+    def with_mean(x, norm, axes=-1):
+        x = x - tf.reduce_mean(x, axes, keepdims=True)
+        return x * tf.math.rsqrt(tf.reduce_mean(x * x, axes, keepdims=True) + norm.epsilon)
 
     def by_squared_difference(x, norm):
         mean = tf.reduce_mean(x, -1, keepdims=True)
@@ -137,10 +136,10 @@ def undone():
         apart.append((norm, [edge_vit.constant(v) for v in numbers]))
         return kernel, np.zeros(kernel.shape[1]) if bias is None else bias
 
-    def with_scale(x, norm):
-        y = normed(x, norm)
-        for other, (gamma, beta) in apart:
+    def scaled(y, norm, axes=-1):
+        for other, numbers in apart:
             if other is norm:
+                gamma, beta = (v.reshape(y.shape[1:] if axes != -1 else -1) for v in numbers)
                 return y * gamma + beta
         return y
 
@@ -148,7 +147,7 @@ def undone():
         products = tf.linalg.matmul(q, k, transpose_b=True)
         return tf.nn.softmax(products * HEAD**-0.5)
 
-    def with_keys(layer, norm, scale, images, rows):
+    def with_keys(layer, norm, scale, rows):
         heads = layer.num_heads
         query, key, value, after = edge_vit.attention_numbers(layer, norm, scale)
         query, key, value = edge_vit.dense(*query), edge_vit.dense(key), edge_vit.dense(value)
@@ -156,22 +155,25 @@ def undone():
 
         def call(x):
             x = edge_vit.normed(x, norm)
-            q = query(edge_vit.leading(x, rows, images))
+            q = query(edge_vit.leading(x, rows))
             q, k, v = (
                 tf.transpose(tf.reshape(y, (-1, heads, HEAD)), order)
                 for y, order in ((q, (1, 0, 2)), (key(x), (1, 0, 2)), (value(x), (1, 2, 0)))
             )
             y = tf.linalg.matmul(edge_vit.scores(q, k), v, transpose_b=True)
-            return proj(tf.reshape(tf.transpose(y, (1, 0, 2)), (-1, heads * HEAD)))
+            return proj(tf.reshape(tf.transpose(y, (1, 0, 2)), (1, -1, heads * HEAD)))
 
         return call
+
+    def by_heads(y, heads, order):
+        return tf.transpose(tf.reshape(y, (*y.shape[:2], heads, y.shape[2] // heads)), order)
 
     def squares_of_pixels(kernel, bias):
         kernel = edge_vit.constant(kernel)
 
         def call(x):
             y = tf.nn.conv2d(x, kernel, len(kernel), "VALID") + edge_vit.constant(bias)
-            return tf.reshape(y, (-1, kernel.shape[-1]))
+            return tf.reshape(y, (1, -1, kernel.shape[-1]))
 
         return call
 
@@ -187,7 +189,7 @@ def undone():
 
     as_is = {
         "centred": lambda kernel, bias=None: (kernel, bias),
-        "central": lambda x, axes=-1: x,
+        "central": lambda x: x,
     }
     return {
         "none: the lean graph": {},
@@ -197,18 +199,20 @@ def undone():
         | {"normed": by_squared_difference},
         "norms' scale and shift folded": {
             "after_norm": not_folded,
-            "normed": with_scale,
-            "normed_words": lambda x, norm: with_scale(central(x), norm),
+            "normed": lambda x, norm: scaled(normed(x, norm), norm),
+            "normed_words": lambda x, norm, axes=-1: scaled(with_mean(x, norm, axes), norm, axes),
         },
         "attention scale in the query": {
             "scaled": lambda query, size: query,
             "scores": scale_apart,
-            "words_by_exponentials": lambda k, q, v: of_words(k, q * q.shape[-2] ** -0.5, v),
+            "exponentials": lambda k, q, bounded: exponentials(k, q * q.shape[1] ** -0.5, bounded),
         },
-        "words' mean taken off by the reader": {
-            "normed_words": lambda x, norm: normed(central(x), norm)
+        "words' mean taken off by the reader": {"normed_words": with_mean},
+        "words' heads told apart by a reshape": {
+            "words_as_rows": lambda y, heads: by_heads(y, heads, (0, 2, 1, 3)),
+            "words_as_columns": lambda y, heads: by_heads(y, heads, (0, 2, 3, 1)),
         },
-        "words' exponentials for softmax": {"LARGEST": -np.inf},
+        "words' scores with their largest": {"LARGEST": -np.inf},
         "products in panels": {
             "heads_are_panels": lambda layer: False,
             "panel_count": lambda layer: 1,

@@ -64,7 +64,7 @@ def signature(model, job, panels=False):
         (size, *model.input_shape[1:]), tf.uint8 if pixels else tf.float32, name="images"
     )
     if job["graph"] == "lean":
-        return edge.lean(model, size, (mean, std) if pixels else None, panels), spec
+        return edge.lean(model, (mean, std) if pixels else None, panels), spec
 
     def plain(x):
         if pixels:

@@ -3,10 +3,10 @@
 There every operation is a pass over memory, so the graph has as few as the arithmetic allows. What
 is rewritten, exactly up to rounding:
 
-* token streams of rank 2 (B * T, D), words of rank 3 (B * N, M, c), which all readers take as they
-  are: a dense layer is one FULLY_CONNECTED, and nothing is copied to change its shape;
-* pixels are brought into squares by transposing: a convolution would read pixel by pixel, which is
-  slowest with three channels;
+* streams of rank 3, tokens (B, T, D) and words (B * N, M, c), which all readers take as they are: a
+  dense layer is one FULLY_CONNECTED, and nothing is copied to change its shape;
+* pixels are brought into squares first: a convolution would read pixel by pixel, which is slowest
+  with three channels;
 * every writer to the patch stream is centred (its mean over the width is subtracted from its
   weights), so that a LayerNorm needs no mean: x * rsqrt(mean(x * x) + epsilon); TNT's words keep
   their means, because the fold's norm reads the words of a patch together;
@@ -17,8 +17,8 @@ is rewritten, exactly up to rounding:
   weights of one in its cache, and heads come apart and together without being copied;
 * the last block computes only the rows that the head reads, and no keys and values: q K' =
   (q Wk') x';
-* words' attention is exponentials by their sums, where the weights prove that none overflows, not
-  even in float16;
+* words' attention is what exponentials let through by their sum, without the largest score taken
+  off where the weights prove that none overflows, not even in float16;
 * prefix tokens and positions are one constant; the pooling query is a constant;
 * uint8 pixels are normalised by the weights of the patch projection.
 
@@ -50,20 +50,19 @@ from .vit import AttentionPooling, PatchEncoder, Patches, TokenPooling, Transfor
 PARTS = r"stem|block\d+/(?:attention|mlp|inner|fold)|head"
 
 
-def lean(model, batch_size=1, mean_std=None, panels=False):
+def lean(model, mean_std=None, panels=False):
     """A `ViT`, `DeiT` or `TNT` as a TensorFlow function.
 
     Args:
         model: built by those functions, float32, under any backend; its numbers are copied.
-        batch_size: B.
         mean_std: None if the function gets what the model gets; (mean, std) per channel, of pixels
             in 0..1, if it gets uint8 pixels and shall normalise them itself.
         panels: whether wide products are batches of narrower ones, which is faster in float32 and
             slower in int8.
 
     Returns:
-        Function: float32 or uint8 tensor (B, H, W, C) -> the model's output. Its operations are
-        named by the parts of the network, see `PARTS`.
+        Function: float32 or uint8 tensor (B, H, W, C) of fixed shape -> the model's output. Its
+        operations are named by the parts of the network, see `PARTS`.
 
     Raises:
         ValueError: if the model has other layers than those functions give it.
@@ -72,12 +71,12 @@ def lean(model, batch_size=1, mean_std=None, panels=False):
     layers = {layer.name: layer for layer in model.layers}
     blocks = blocks_of(model)
     if "pixels" in layers:
-        stem = tnt_stem(layers, batch_size, mean_std)
-        body = tnt_blocks(blocks, batch_size, panels, layers["encoder"].num_prefix_tokens)
+        stem = tnt_stem(layers, mean_std)
+        body = tnt_blocks(blocks, panels, layers["encoder"].num_prefix_tokens)
     else:
-        stem = vit_stem(layers, batch_size, mean_std)
-        body = vit_blocks(blocks, batch_size, panels)
-    head = top(layers, batch_size)
+        stem = vit_stem(layers, mean_std)
+        body = vit_blocks(blocks, panels)
+    head = top(layers)
 
     def function(images):
         import tensorflow as tf
@@ -175,8 +174,8 @@ def rows_read(layers):
     return max(pool.index for pool in pools) + 1
 
 
-def top(layers, batch_size):
-    """The last block's rows (B * rows, D) -> the model's output."""
+def top(layers):
+    """The last block's rows (B, rows, D) -> the model's output."""
     norm = layers.get("fc_norm") or layers["norm"]
     gamma, beta = number(norm.gamma), number(norm.beta)
     pools = [layers[name] for name in ("pool", "pool_distillation") if name in layers]
@@ -185,7 +184,7 @@ def top(layers, batch_size):
     activation = activation_of(layers)
     outputs = [dense(*dense_numbers(head)) for head in heads]
     mapped = pools and isinstance(pools[0], AttentionPooling)
-    map_head = attention_pooling(pools[0], batch_size) if mapped else None
+    map_head = attention_pooling(pools[0]) if mapped else None
 
     def call(x):
         import tensorflow as tf
@@ -195,19 +194,15 @@ def top(layers, batch_size):
 
         if "fc_norm" not in layers:
             x = affine(x)
-        width = x.shape[-1]
         if not pools:
-            return tf.reshape(x, (batch_size, -1, width))
+            return x
         if map_head:
             vectors = [map_head(x)]
         elif pools[0].pooling == "avg":
-            tokens = tf.reshape(x, (batch_size, -1, width))[:, pools[0].num_prefix_tokens :]
-            vectors = [tf.reduce_mean(tokens, 1)]
+            vectors = [tf.reduce_mean(x[:, pools[0].num_prefix_tokens :], 1)]
         else:
-            tokens = tf.reshape(x, (batch_size, -1, width))
             vectors = [
-                tf.reshape(tokens[:, pool.index : pool.index + 1], (batch_size, width))
-                for pool in pools
+                tf.reshape(x[:, pool.index : pool.index + 1], (x.shape[0], -1)) for pool in pools
             ]
         if "fc_norm" in layers:
             vectors = [affine(vector) for vector in vectors]

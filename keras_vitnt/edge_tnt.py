@@ -1,6 +1,7 @@
 """What the parts of `tnt` become in the lean graph; see `edge_vit`.
 
-B images, N patches, M words per patch, c inner width; h heads, d columns of each.
+B images, N patches of each, P = B * N of all, M words per patch, c inner width; h heads, d columns
+of each.
 """
 
 import numpy as np
@@ -31,12 +32,12 @@ LARGEST = np.log(6e4)
 MARGIN = 3
 
 
-def normed_words(x, norm):
-    """As `normed`, of rows with a mean, which the weights of the reader take off."""
+def normed_words(x, norm, axes=-1):
+    """As `normed`, of words with a mean, which the weights of the reader take off."""
     import tensorflow as tf
 
-    mean = tf.reduce_mean(x, -1, keepdims=True)
-    variance = tf.reduce_mean(tf.math.squared_difference(x, mean), -1, keepdims=True)
+    mean = tf.reduce_mean(x, axes, keepdims=True)
+    variance = tf.reduce_mean(tf.math.squared_difference(x, mean), axes, keepdims=True)
     return x * tf.math.rsqrt(variance + norm.epsilon)
 
 
@@ -54,48 +55,68 @@ def largest_score(query, bias, key, heads):
     return (width * products + width**0.5 * shifts).max()
 
 
-def words_by_softmax(q, k, v):
-    """Attention of queries (..., M, d) with turned keys and values (..., d, M) -> (..., d, M)."""
+def largest_value(kernel):
+    """What no value of normed rows exceeds; see `largest_score`."""
+    return (len(kernel) * np.square(kernel).sum(axis=0).max()) ** 0.5
+
+
+def words_as_rows(y, heads):
+    """Words of all heads (P, M, h * d) -> words of each (P * h, M, d)."""
     import tensorflow as tf
 
-    s = tf.nn.softmax(tf.linalg.matmul(q, k))
-    return tf.linalg.matmul(v, s, transpose_b=True)  # not s v, whose d columns fill no kernel
+    words, width = y.shape[1:]
+    y = tf.transpose(tf.reshape(y, (-1, words, heads, width // heads)), (0, 2, 1, 3))
+    return tf.reshape(y, (-1, words, width // heads))
 
 
-def words_by_exponentials(k, q, v):
-    """The same of keys (..., M, d), turned queries and values; softmax is slow on short rows."""
+def words_as_columns(y, heads):
+    """As `words_as_rows`, with a column for each word: (P * h, d, M).
+
+    Without the reshape XNNPACK would turn the right side of a product into rows again, slowly.
+    """
     import tensorflow as tf
 
-    e = tf.exp(tf.linalg.matmul(k, q))  # a column for each query: the next product takes it as is
-    return tf.linalg.matmul(v, e / tf.reduce_sum(e, -2, keepdims=True))
+    words, width = y.shape[1:]
+    return tf.reshape(tf.transpose(y, (0, 2, 1)), (-1, width // heads, words))
+
+
+def exponentials(k, q, bounded):
+    """Of the scores of keys (..., M, d) for scaled queries (..., d, M): a column for each query.
+
+    Each without its largest score, unless `bounded`.
+    """
+    import tensorflow as tf
+
+    s = tf.linalg.matmul(k, q)
+    return tf.exp(s if bounded else s - tf.reduce_max(s, -2, keepdims=True))
 
 
 def words_attention(layer, norm, scale):
-    """Attention within patches: function of words (B * N, M, c), which computes their update."""
+    """Attention within patches: function of words (P, M, c), which computes their update."""
     heads = layer.num_heads
-    query_numbers, key_kernel, value_kernel, after = attention_numbers(layer, norm, scale)
-    query, key, value = dense(*query_numbers), dense(key_kernel), dense(value_kernel)
-    largest, proj = largest_score(*query_numbers, key_kernel, heads), dense(*after)
+    query_numbers, key_kernel, value_kernel, (kernel, bias) = attention_numbers(layer, norm, scale)
+    largest = largest_score(*query_numbers, key_kernel, heads)
+    # Of values up to 1, so that what they add up to is no more than the exponentials do.
+    unit = 2 ** np.ceil(np.log2(max(1, largest_value(value_kernel))))
+    query, key, value = dense(*query_numbers), dense(key_kernel), dense(value_kernel / unit)
+    proj = dense(unit * kernel, bias)
 
     def call(x):
         import tensorflow as tf
 
-        def split(y, *order):
-            return tf.transpose(tf.reshape(y, (y.shape[0], -1, heads, y.shape[-1] // heads)), order)
-
+        patches, words, _ = x.shape
         x = normed_words(x, norm)
-        q, k, v = query(x), key(x), split(value(x), 0, 2, 3, 1)
-        if largest + np.log(x.shape[1]) <= LARGEST:
-            y = words_by_exponentials(split(k, 0, 2, 1, 3), split(q, 0, 2, 3, 1), v)
-        else:
-            y = words_by_softmax(split(q, 0, 2, 1, 3), split(k, 0, 2, 3, 1), v)
-        return proj(tf.reshape(tf.transpose(y, (0, 3, 1, 2)), q.shape))
+        k = words_as_rows(key(x), heads)
+        q, v = (words_as_columns(part(x), heads) for part in (query, value))
+        e = exponentials(k, q, largest + np.log(words) <= LARGEST)
+        y = tf.linalg.matmul(v, e) / tf.reduce_sum(e, -2, keepdims=True)
+        return proj(tf.transpose(tf.reshape(y, (patches, -1, words)), (0, 2, 1)))
 
     return call
 
 
 def words_mlp(layer, norm, scale):
-    """The MLP of words (B * N, M, c), of which it computes the update."""
+    """The MLP of words (P, M, c), of which it computes the update."""
     first = dense(*after_norm(norm, *dense_numbers(layer.fc1)))
     second = dense(*layer_scaled(*dense_numbers(layer.fc2), scale))
     activate = gelu(layer)
@@ -103,7 +124,7 @@ def words_mlp(layer, norm, scale):
 
 
 def inner_block(block):
-    """A `TNTBlock`'s inner `TransformerBlock`: function of words (B * N, M, c), alike out."""
+    """A `TNTBlock`'s inner `TransformerBlock`: function of words (P, M, c), alike out."""
     scale1, scale2 = layer_scales(block)
     attend = words_attention(block.attention, block.norm1, scale1)
     feed = words_mlp(block.mlp, block.norm2, scale2)
@@ -141,15 +162,14 @@ def convolution(kernel, stride):
     def call(x):
         import tensorflow as tf
 
-        shape = (-1, x.shape[1] // stride, x.shape[2] // stride, kernel.shape[2])
-        x = tf.reshape(squares(x, stride), shape)
+        x = squares(x, stride)
         return tf.nn.conv2d(tf.pad(x, border), kernel, 1, "VALID")
 
     return call
 
 
-def tnt_stem(layers, batch_size, mean_std):
-    """Images -> (words (B * N, M, c), token stream (B * T, D))."""
+def tnt_stem(layers, mean_std):
+    """Images -> (words (P, M, c), token stream (B, T, D))."""
     pixels, encoder, fold = layers["pixels"], layers["encoder"], layers["patches"]
     m, width = pixels.word_side, pixels.inner_dim
     bias = number(pixels.projection.bias)
@@ -177,13 +197,13 @@ def tnt_stem(layers, batch_size, mean_std):
         x = project(x)
         x = cut(x, m) if pixels.layout == "legacy" else x
         x = tf.reshape(x, (-1, m * m, width)) + bias
-        return x, with_prefix(to_patch(x), prefix, batch_size, added)
+        return x, with_prefix(to_patch(x, images.shape[0]), prefix) + added
 
     return stem
 
 
 def folding(fold):
-    """`WordsToPatch` of words (B * N, M, c) -> (B * N, D), a centred writer."""
+    """`WordsToPatch`, a centred writer: function of words (P, M, c) and B -> (B, N, D)."""
     kernel, bias = after_norm(fold.norm1, *dense_numbers(fold.proj))
     proj = dense(*centred(kernel, bias))
     legacy = fold.layout == "legacy"  # which norms each word apart
@@ -191,26 +211,23 @@ def folding(fold):
         scale, shift = constant(number(fold.norm2.gamma)), number(fold.norm2.beta)
         shift = constant(shift - shift.mean())
 
-    def call(x):
+    def call(x, images):
         import tensorflow as tf
 
-        patches = (x.shape[0], -1)
-        if legacy:
-            return proj(tf.reshape(normed(central(x), fold.norm1), patches))
-        x = tf.reshape(central(x, (1, 2)), patches)
-        y = normed(proj(normed(x, fold.norm1)), fold.norm2)
-        return central(y * scale) + shift
+        y = normed_words(x, fold.norm1, -1 if legacy else (1, 2))
+        y = proj(tf.reshape(y, (images, x.shape[0] // images, -1)))
+        return y if legacy else central(normed(y, fold.norm2) * scale) + shift
 
     return call
 
 
-def tnt_blocks(blocks, batch_size, panels, prefix):
+def tnt_blocks(blocks, panels, prefix):
     """[(block, rows that are read of it)] -> function of words and the token stream."""
     run = [
         (
             inner_block(block.inner),
             folding(block.fold),
-            transformer_block(block.outer, batch_size, rows, panels),
+            transformer_block(block.outer, rows, panels),
         )
         for block, rows in blocks
     ]
@@ -223,7 +240,7 @@ def tnt_blocks(blocks, batch_size, panels, prefix):
                 with tf.name_scope("inner"):
                     words = inner(words)
                 with tf.name_scope("fold"):
-                    x = x + with_prefix(fold(words), prefix, batch_size)
+                    x = x + with_prefix(fold(words, x.shape[0]), prefix)
                 x = outer(x)
         return x
 

@@ -1,7 +1,7 @@
 """What the parts of `vit` become in the lean graph, as functions of TensorFlow's tensors.
 
 A function that makes a part copies its numbers and returns the part: a function of token streams
-(B * T, D) or of rows (..., D) of any kind. Numbers are folded in float64.
+(B, T, D) or of rows (..., D) of any kind. Numbers are folded in float64.
 
 B images, T tokens, N patches, D width; h heads, d columns of each.
 """
@@ -65,36 +65,37 @@ def dense(kernel, bias=None):
 
 
 def to_panels(kernel, bias, count):
-    """A dense layer whose output is in panels: (T, in) -> (count, T, out / count)."""
+    """A dense layer whose output is in panels: (B, T, in) -> (count, B * T, out / count)."""
     kernel = constant(np.stack(np.split(kernel, count, axis=1)))
     bias = None if bias is None else constant(bias.reshape(count, 1, -1))
 
     def call(x):
         import tensorflow as tf
 
-        y = tf.linalg.matmul(tf.reshape(x, (1, *x.shape)), kernel)  # x[None] would be a copy
+        x = x if x.shape[0] == 1 else tf.reshape(x, (1, -1, x.shape[-1]))
+        y = tf.linalg.matmul(x, kernel)
         return y if bias is None else y + bias
 
     return call
 
 
 def from_panels(kernel, bias, count):
-    """A dense layer whose input is in panels: (count, T, in / count) -> (T, out)."""
+    """A dense layer whose input is in panels: (count, B * T, in / count) -> (1, B * T, out)."""
     kernel, bias = constant(np.stack(np.split(kernel, count))), constant(bias)
 
     def call(x):
         import tensorflow as tf
 
-        return tf.reduce_sum(tf.linalg.matmul(x, kernel), 0) + bias
+        return tf.reduce_sum(tf.linalg.matmul(x, kernel), 0, keepdims=True) + bias
 
     return call
 
 
-def central(x, axes=-1):
+def central(x):
     """Rows without their mean."""
     import tensorflow as tf
 
-    return x - tf.reduce_mean(x, axes, keepdims=True)
+    return x - tf.reduce_mean(x, -1, keepdims=True)
 
 
 def normed(x, norm):
@@ -141,26 +142,16 @@ def table(encoder, dim):
     return found - found.mean(axis=1, keepdims=True)
 
 
-def with_prefix(x, prefix, batch_size, added=None):
-    """(B * N, D) -> (B * T, D): rows of zeros before those of each image; plus `added` (T, D)."""
+def with_prefix(x, prefix):
+    """(B, N, D) -> (B, T, D): rows of zeros before those of each image."""
     import tensorflow as tf
 
-    width = x.shape[-1]
-    if batch_size > 1 or not prefix:  # or the converter merges a bias with what is added
-        x = tf.reshape(x, (batch_size, -1, width))
-    x = tf.pad(x, ((0, 0),) * (len(x.shape) - 2) + ((prefix, 0), (0, 0)))
-    return tf.reshape(x if added is None else x + added, (-1, width))
+    return tf.pad(x, ((0, 0), (prefix, 0), (0, 0)))
 
 
-def leading(x, rows, batch_size):
-    """(B * T, D) -> (B * rows, D): the first rows of each image; all if `rows` is None."""
-    import tensorflow as tf
-
-    if rows is None:
-        return x
-    if batch_size == 1:
-        return x[:rows]
-    return tf.reshape(tf.reshape(x, (batch_size, -1, x.shape[-1]))[:, :rows], (-1, x.shape[-1]))
+def leading(x, rows):
+    """(B, T, D) -> (B, rows, D): the first rows of each image; all if `rows` is None."""
+    return x if rows is None else x[:, :rows]
 
 
 def normalization(mean_std, channels):
@@ -171,28 +162,29 @@ def normalization(mean_std, channels):
 
 
 def squares(x, side):
-    """(B, H, W, k) -> (B * H / side, W / side, side, side * k): the squares of each row of them."""
+    """(B, H, W, k) -> (B, H / side, W / side, side * side * k): the pixels of each square."""
     import tensorflow as tf
 
-    x = tf.reshape(x, (-1, side, x.shape[2] // side, side * x.shape[3]))
-    return tf.transpose(x, (0, 2, 1, 3))
+    return x if side == 1 else tf.nn.space_to_depth(x, side)
 
 
 def of_squares(kernel, bias):
-    """A convolution that reads each pixel once: (B, H, W, C) -> (B * N, D)."""
+    """A convolution that reads each pixel once: (B, H, W, C) -> (B, N, D)."""
     side, width = kernel.shape[0], kernel.shape[-1]
     project = dense(kernel.reshape(-1, width), bias)
 
     def call(x):
         import tensorflow as tf
 
-        return project(tf.reshape(squares(x, side), (-1, side * side * x.shape[3])))
+        y = project(tf.reshape(squares(x, side), (-1, side * side * x.shape[3])))
+        # Only now: of rank 3, the converter would merge the bias with the positions behind it.
+        return tf.reshape(y, (x.shape[0], -1, width))
 
     return call
 
 
-def vit_stem(layers, batch_size, mean_std):
-    """Images -> (token stream (B * T, D),)."""
+def vit_stem(layers, mean_std):
+    """Images -> (token stream (B, T, D),)."""
     encoder, side = layers["encoder"], layers["patches"].patch_size
     kernel, bias = centred(*dense_numbers(encoder.projection))
     width = kernel.shape[1]
@@ -204,7 +196,7 @@ def vit_stem(layers, batch_size, mean_std):
     added = constant(table(encoder, width))
 
     def stem(images):
-        return (with_prefix(project(images), prefix, batch_size, added),)
+        return (with_prefix(project(images), prefix) + added,)
 
     return stem
 
@@ -222,30 +214,30 @@ def attention_numbers(layer, norm, scale):
     return query, key, value, layer_scaled(kernel, bias + biases[2] @ kernel, scale)
 
 
-def attention(layer, norm, scale, images):
-    """Attention within images: function of a stream (B * T, D), of which it computes the update."""
+def attention(layer, norm, scale):
+    """Attention within images: function of a stream (B, T, D), of which it computes the update."""
     heads = layer.num_heads
     query, key, value, after = attention_numbers(layer, norm, scale)
     query, key, value, proj = dense(*query), dense(key), dense(value), dense(*centred(*after))
-    image = () if images == 1 else (images,)
-    order, turned = ((1, 0, 2), (1, 2, 0)) if images == 1 else ((0, 2, 1, 3), (0, 2, 3, 1))
 
     def call(x):
         import tensorflow as tf
 
-        def split(y, order):
-            return tf.transpose(tf.reshape(y, (*image, -1, heads, y.shape[-1] // heads)), order)
+        def split(y):  # (B, T, h * d) -> (B * h, T, d)
+            y = tf.transpose(
+                tf.reshape(y, (x.shape[0], -1, heads, y.shape[-1] // heads)), (0, 2, 1, 3)
+            )
+            return tf.reshape(y, (-1, *y.shape[2:]))
 
         x = normed(x, norm)
-        q, k, v = query(x), key(x), split(value(x), turned)
-        # XNNPACK packs a transposed right side fast.
-        y = tf.linalg.matmul(scores(split(q, order), split(k, order)), v, transpose_b=True)
-        return proj(tf.reshape(tf.transpose(y, order), q.shape))
+        q, k, v = (split(part(x)) for part in (query, key, value))
+        y = tf.reshape(tf.linalg.matmul(scores(q, k), v), (x.shape[0], heads, *q.shape[1:]))
+        return proj(tf.reshape(tf.transpose(y, (0, 2, 1, 3)), (*x.shape[:2], -1)))
 
     return call
 
 
-def attention_in_panels(layer, norm, scale, images):
+def attention_in_panels(layer, norm, scale):
     """As `attention`, with a panel for each head."""
     heads = layer.num_heads
     query, key, value, after = attention_numbers(layer, norm, scale)
@@ -256,17 +248,17 @@ def attention_in_panels(layer, norm, scale, images):
         import tensorflow as tf
 
         def split(y):  # (h, B * T, d) -> (h * B, T, d)
-            return y if images == 1 else tf.reshape(y, (heads * images, -1, y.shape[-1]))
+            return tf.reshape(y, (-1, x.shape[1], y.shape[-1]))
 
-        x = normed(x, norm)
-        q = query(x)
-        y = tf.linalg.matmul(scores(split(q), split(key(x))), split(value(x)))
-        return proj(tf.reshape(y, q.shape))
+        n = normed(x, norm)
+        q = query(n)
+        y = tf.linalg.matmul(scores(split(q), split(key(n))), split(value(n)))
+        return tf.reshape(proj(tf.reshape(y, q.shape)), x.shape)
 
     return call
 
 
-def attention_of_few(layer, norm, scale, images, rows):
+def attention_of_few(layer, norm, scale, rows):
     """As `attention` of the `rows` leading rows of each image; without keys and values.
 
     Each head's query takes the keys' weights to the tokens, and what it sums of these the values'
@@ -282,18 +274,17 @@ def attention_of_few(layer, norm, scale, images, rows):
         import tensorflow as tf
 
         x = normed(x, norm)
-        q = query(leading(x, rows, images))
-        q = key(tf.reshape(tf.reshape(q, (-1, 1, own.shape[1])) * own, (-1, own.shape[1])))
-        tokens = tf.reshape(x, (images, -1, x.shape[-1]))
-        s = scores(tf.reshape(q, (images, rows * heads, -1)), tokens)
-        y = value(tf.reshape(tf.linalg.matmul(s, tokens), (-1, x.shape[-1])))
-        return proj(tf.reduce_sum(tf.reshape(y, (-1, *own.shape)) * own, 1))
+        q = tf.reshape(query(leading(x, rows)), (-1, 1, own.shape[1])) * own
+        q = key(tf.reshape(q, (x.shape[0], rows * heads, -1)))
+        y = value(tf.linalg.matmul(scores(q, x), x))
+        y = tf.reduce_sum(tf.reshape(y, (-1, *own.shape)) * own, 1)
+        return proj(tf.reshape(y, (x.shape[0], rows, -1)))
 
     return call
 
 
 def mlp(layer, norm, scale):
-    """The MLP of a stream (B * T, D), of which it computes the update."""
+    """The MLP of a stream (B, T, D), of which it computes the update."""
     first = dense(*after_norm(norm, *dense_numbers(layer.fc1)))
     second = dense(*centred(*layer_scaled(*dense_numbers(layer.fc2), scale)))
     activate = gelu(layer)
@@ -305,7 +296,7 @@ def mlp(layer, norm, scale):
 
 
 def mlp_in_panels(layer, norm, scale):
-    """As `mlp` of a stream (T, D), with panels of the hidden layer."""
+    """As `mlp`, with panels of the hidden layer."""
     count = panel_count(layer)
     first = to_panels(*after_norm(norm, *dense_numbers(layer.fc1)), count)
     second = centred(*layer_scaled(*dense_numbers(layer.fc2), scale))
@@ -313,7 +304,9 @@ def mlp_in_panels(layer, norm, scale):
     activate = gelu(layer)
 
     def call(x):
-        return second(activate(first(normed(x, norm))))
+        import tensorflow as tf
+
+        return tf.reshape(second(activate(first(normed(x, norm)))), x.shape)
 
     return call
 
@@ -345,31 +338,31 @@ def forms(block, rows, panels):
     return (attend if rows is None else attention_of_few), feed
 
 
-def transformer_block(block, images, rows, panels):
-    """A `TransformerBlock`: function of the centred stream (B * T, D), alike out.
+def transformer_block(block, rows, panels):
+    """A `TransformerBlock`: function of the centred stream (B, T, D), alike out.
 
     It computes the `rows` leading rows of each image, all if None.
     """
     make_attention, make_mlp = forms(block, rows, panels)
     scale1, scale2 = layer_scales(block)
     few = () if rows is None else (rows,)
-    attend = make_attention(block.attention, block.norm1, scale1, images, *few)
+    attend = make_attention(block.attention, block.norm1, scale1, *few)
     feed = make_mlp(block.mlp, block.norm2, scale2)
 
     def call(x):
         import tensorflow as tf
 
         with tf.name_scope("attention"):
-            x = leading(x, rows, images) + attend(x)
+            x = leading(x, rows) + attend(x)
         with tf.name_scope("mlp"):
             return x + feed(x)
 
     return call
 
 
-def vit_blocks(blocks, batch_size, panels):
+def vit_blocks(blocks, panels):
     """[(block, rows that are read of it)] -> function of the token stream."""
-    run = [transformer_block(block, batch_size, rows, panels) for block, rows in blocks]
+    run = [transformer_block(block, rows, panels) for block, rows in blocks]
 
     def body(x):
         import tensorflow as tf
@@ -382,8 +375,8 @@ def vit_blocks(blocks, batch_size, panels):
     return body
 
 
-def attention_pooling(pool, batch_size):
-    """`AttentionPooling` of normed tokens (B * T, D) -> (B, D); its query is a constant."""
+def attention_pooling(pool):
+    """`AttentionPooling` of normed tokens (B, T, D) -> (B, D); its query is a constant."""
     heads, prefix = pool.num_heads, pool.num_prefix_tokens
     kernel, bias = dense_numbers(pool.query)
     width = len(kernel)
@@ -402,14 +395,13 @@ def attention_pooling(pool, batch_size):
     def call(x):
         import tensorflow as tf
 
-        def split(y, order):  # (B * T, D) -> (B, h, N, d) or (B, h, d, N)
-            y = tf.reshape(y, (batch_size, -1, heads, size))[:, prefix:]
-            return tf.transpose(y, order)
+        def split(y, order):  # (B, T, D) -> (B, h, N, d) or (B, h, d, N)
+            return tf.transpose(tf.reshape(y, (x.shape[0], -1, heads, size))[:, prefix:], order)
 
         s = tf.reduce_sum(split(key(x), (0, 2, 1, 3)) * query, -1)  # (B, h, N)
         s = tf.nn.softmax(s)[:, :, None]
         y = tf.linalg.matmul(s, split(value(x), (0, 2, 3, 1)), transpose_b=True)
-        pooled = proj(tf.reshape(y, (batch_size, width)))
+        pooled = proj(tf.reshape(y, (x.shape[0], width)))
         return pooled + second(activate(first(normed(central(pooled), pool.norm))))
 
     return call

@@ -39,8 +39,8 @@ def test_the_lean_graph_computes_the_same(case, panels, small_panels):
     close = dict(rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
     one = edge.lean(model, panels=panels)
     np.testing.assert_allclose(one(tf.constant(x[:1])), expected[:1], **close)
-    np.testing.assert_allclose(edge.lean(model, 3, None, panels)(tf.constant(x)), expected, **close)
-    from_pixels = edge.lean(model, 3, (mean, std), panels)
+    np.testing.assert_allclose(edge.lean(model, None, panels)(tf.constant(x)), expected, **close)
+    from_pixels = edge.lean(model, (mean, std), panels)
     np.testing.assert_allclose(from_pixels(tf.constant(pixels)), expected, **close)
 
 
@@ -86,8 +86,8 @@ def test_words_of_any_stride(patch, stride, layout):
     x = images.normalize(pixels, images.Preprocessing(shape[:2], mean, std))
     expected = numpy(forward(model, x))
     close = dict(rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
-    np.testing.assert_allclose(edge.lean(model, 2)(tf.constant(x)), expected, **close)
-    from_pixels = edge.lean(model, 2, (mean, std))
+    np.testing.assert_allclose(edge.lean(model)(tf.constant(x)), expected, **close)
+    from_pixels = edge.lean(model, (mean, std))
     np.testing.assert_allclose(from_pixels(tf.constant(pixels)), expected, **close)
 
 
@@ -122,10 +122,10 @@ def test_no_score_is_larger_than_what_decides_for_exponentials():
 
 
 @pytest.mark.parametrize(
-    "factor, beyond, operation",
-    [(1, None, "Exp"), (100, None, "Softmax"), (1, -1e-6, "Exp"), (1, 1e-6, "Softmax")],
+    "factor, beyond, bounded",
+    [(1, None, True), (100, None, False), (1, -1e-6, True), (1, 1e-6, False)],
 )
-def test_words_share_by_exponentials_where_those_are_small(factor, beyond, operation, monkeypatch):
+def test_scores_lose_their_largest_where_it_may_be_large(factor, beyond, bounded, monkeypatch):
     """Or where 4 words' exponentials of the largest score would sum to nearly, or just, 6e4."""
     import tensorflow as tf
 
@@ -138,11 +138,37 @@ def test_words_share_by_exponentials_where_those_are_small(factor, beyond, opera
         qkv.kernel.assign(factor * numpy(qkv.kernel))
     x = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype("float32")
     expected = numpy(forward(model, x))
-    lean = tf.function(edge.lean(model, 2), input_signature=[tf.TensorSpec(x.shape)])
+    lean = tf.function(edge.lean(model), input_signature=[tf.TensorSpec(x.shape)])
     operations = lean.get_concrete_function().graph.get_operations()
-    inner = [o for o in operations if "/inner/" in o.name and o.type in ("Exp", "Softmax")]
-    assert {o.type for o in inner} == {operation} and len(inner) == 2
+    inner = [o.type for o in operations if "/inner/attention/" in o.name]
+    assert inner.count("Exp") == 2 and inner.count("Max") == (0 if bounded else 2)
     np.testing.assert_allclose(lean(x), expected, atol=1e-4 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("factor", [0, 1, 1000])
+def test_values_are_no_larger_than_exponentials_let_be(factor, monkeypatch):
+    """Nor made larger: all at zero pass, too."""
+    import tensorflow as tf
+
+    largest = []
+
+    def recorded(y, heads):
+        largest.append(np.abs(numpy(y)).max())
+        return columns(y, heads)
+
+    columns = edge_tnt.words_as_columns
+    monkeypatch.setattr(edge_tnt, "words_as_columns", recorded)
+    model = settle(models.TNT(**TNT))
+    for i in range(2):
+        qkv = model.get_layer(f"block{i:02d}").inner.attention.qkv
+        kernel = numpy(qkv.kernel).copy()
+        kernel[:, 2 * kernel.shape[1] // 3 :] *= factor
+        qkv.kernel.assign(kernel)
+    x = np.random.default_rng(0).normal(size=(1, 8, 12, 3)).astype("float32")
+    expected = numpy(forward(model, x))
+    found = edge.lean(model)(tf.constant(x))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+    assert len(largest) == 4 and max(largest[1::2]) <= 1  # of queries and values, by turns
 
 
 QUICK = ("vit-map-factorized", "vit-fc_norm-registers", "deit_pre_logits", "tnt", "tnt-legacy")
