@@ -136,7 +136,7 @@ def undone():
         apart.append((norm, [edge_vit.constant(v) for v in numbers]))
         return kernel, np.zeros(kernel.shape[1]) if bias is None else bias
 
-    def scaled(y, norm, axes=-1):
+    def with_scale(y, norm, axes=-1):
         for other, numbers in apart:
             if other is norm:
                 gamma, beta = (v.reshape(y.shape[1:] if axes != -1 else -1) for v in numbers)
@@ -156,11 +156,8 @@ def undone():
         def call(x):
             x = edge_vit.normed(x, norm)
             q = query(edge_vit.leading(x, rows))
-            q, k, v = (
-                tf.transpose(tf.reshape(y, (-1, heads, HEAD)), order)
-                for y, order in ((q, (1, 0, 2)), (key(x), (1, 0, 2)), (value(x), (1, 2, 0)))
-            )
-            y = tf.linalg.matmul(edge_vit.scores(q, k), v, transpose_b=True)
+            q, k, v = (edge_vit.rows_of_heads(y, heads) for y in (q, key(x), value(x)))
+            y = tf.linalg.matmul(edge_vit.scores(q, k), v)
             return proj(tf.reshape(tf.transpose(y, (1, 0, 2)), (1, -1, heads * HEAD)))
 
         return call
@@ -199,8 +196,10 @@ def undone():
         | {"normed": by_squared_difference},
         "norms' scale and shift folded": {
             "after_norm": not_folded,
-            "normed": lambda x, norm: scaled(normed(x, norm), norm),
-            "normed_words": lambda x, norm, axes=-1: scaled(with_mean(x, norm, axes), norm, axes),
+            "normed": lambda x, norm: with_scale(normed(x, norm), norm),
+            "normed_words": lambda x, norm, axes=-1: with_scale(
+                with_mean(x, norm, axes), norm, axes
+            ),
         },
         "attention scale in the query": {
             "scaled": lambda query, size: query,
@@ -208,11 +207,11 @@ def undone():
             "exponentials": lambda k, q, bounded: exponentials(k, q * q.shape[1] ** -0.5, bounded),
         },
         "words' mean taken off by the reader": {"normed_words": with_mean},
-        "words' heads told apart by a reshape": {
-            "words_as_rows": lambda y, heads: by_heads(y, heads, (0, 2, 1, 3)),
-            "words_as_columns": lambda y, heads: by_heads(y, heads, (0, 2, 3, 1)),
+        "heads told apart by a reshape": {
+            "rows_of_heads": lambda y, heads: by_heads(y, heads, (0, 2, 1, 3)),
+            "columns_of_heads": lambda y, heads: by_heads(y, heads, (0, 2, 3, 1)),
         },
-        "words' scores with their largest": {"LARGEST": -np.inf},
+        "words' largest scores not taken off": {"LARGEST": -np.inf},
         "products in panels": {
             "heads_are_panels": lambda layer: False,
             "panel_count": lambda layer: 1,

@@ -17,8 +17,9 @@ is rewritten, exactly up to rounding:
   weights of one in its cache, and heads come apart and together without being copied;
 * the last block computes only the rows that the head reads, and no keys and values: q K' =
   (q Wk') x';
-* words' attention is what exponentials let through by their sum, without the largest score taken
-  off where the weights prove that none overflows, not even in float16;
+* words' attention multiplies values by exponentials and divides by their sums at last; the largest
+  score is taken off first only where the weights do not prove that float16 holds them all (for
+  that values are divided, and what reads them is multiplied, by a power of two);
 * prefix tokens and positions are one constant; the pooling query is a constant;
 * uint8 pixels are normalised by the weights of the patch projection.
 

@@ -20,20 +20,25 @@ from .edge_vit import (
     normalization,
     normed,
     number,
+    rows_of_heads,
     squares,
     table,
     transformer_block,
     with_prefix,
 )
 
-# Logarithm of what a sum of exponentials may reach: delegates for GPUs compute in float16.
-LARGEST = np.log(6e4)
+# Delegates for GPUs compute in float16: logarithms of what exponentials may be and what their sums
+# may be.
+SMALLEST, LARGEST = np.log(6.2e-5), np.log(6e4)
 # Zeros above and left of what `PixelEmbedding` convolves.
 MARGIN = 3
 
 
 def normed_words(x, norm, axes=-1):
-    """As `normed`, of words with a mean, which the weights of the reader take off."""
+    """As `normed`, of words with a mean, which the weights of the reader take off.
+
+    Numbers of the same word are normed together or, by axes (1, 2), those of the same patch.
+    """
     import tensorflow as tf
 
     mean = tf.reduce_mean(x, axes, keepdims=True)
@@ -60,20 +65,8 @@ def largest_value(kernel):
     return (len(kernel) * np.square(kernel).sum(axis=0).max()) ** 0.5
 
 
-def words_as_rows(y, heads):
-    """Words of all heads (P, M, h * d) -> words of each (P * h, M, d)."""
-    import tensorflow as tf
-
-    words, width = y.shape[1:]
-    y = tf.transpose(tf.reshape(y, (-1, words, heads, width // heads)), (0, 2, 1, 3))
-    return tf.reshape(y, (-1, words, width // heads))
-
-
-def words_as_columns(y, heads):
-    """As `words_as_rows`, with a column for each word: (P * h, d, M).
-
-    Without the reshape XNNPACK would turn the right side of a product into rows again, slowly.
-    """
+def columns_of_heads(y, heads):
+    """As `rows_of_heads`, with columns: (P, M, h * d) -> (P * h, d, M)."""
     import tensorflow as tf
 
     words, width = y.shape[1:]
@@ -81,9 +74,9 @@ def words_as_columns(y, heads):
 
 
 def exponentials(k, q, bounded):
-    """Of the scores of keys (..., M, d) for scaled queries (..., d, M): a column for each query.
+    """Of keys' scores, (..., M, d) by scaled queries (..., d, M): a column for each query.
 
-    Each without its largest score, unless `bounded`.
+    Columns are not normalised; unless scores are known to be `bounded`, their largest is 1.
     """
     import tensorflow as tf
 
@@ -96,7 +89,7 @@ def words_attention(layer, norm, scale):
     heads = layer.num_heads
     query_numbers, key_kernel, value_kernel, (kernel, bias) = attention_numbers(layer, norm, scale)
     largest = largest_score(*query_numbers, key_kernel, heads)
-    # Of values up to 1, so that what they add up to is no more than the exponentials do.
+    # With values up to 1, sums of values by exponentials are no larger than those of exponentials.
     unit = 2 ** np.ceil(np.log2(max(1, largest_value(value_kernel))))
     query, key, value = dense(*query_numbers), dense(key_kernel), dense(value_kernel / unit)
     proj = dense(unit * kernel, bias)
@@ -106,9 +99,10 @@ def words_attention(layer, norm, scale):
 
         patches, words, _ = x.shape
         x = normed_words(x, norm)
-        k = words_as_rows(key(x), heads)
-        q, v = (words_as_columns(part(x), heads) for part in (query, value))
-        e = exponentials(k, q, largest + np.log(words) <= LARGEST)
+        k = rows_of_heads(key(x), heads)
+        q, v = (columns_of_heads(part(x), heads) for part in (query, value))
+        e = exponentials(k, q, -largest >= SMALLEST and largest + np.log(words) <= LARGEST)
+        # Divided last: a query has fewer columns than scores.
         y = tf.linalg.matmul(v, e) / tf.reduce_sum(e, -2, keepdims=True)
         return proj(tf.transpose(tf.reshape(y, (patches, -1, words)), (0, 2, 1)))
 
@@ -186,7 +180,7 @@ def tnt_stem(layers, mean_std):
     def stem(images):
         import tensorflow as tf
 
-        def cut(x, side):  # into patches (B * N, side, side, k)
+        def cut(x, side):  # into patches (P, side, side, k)
             return tf.reshape(squares(x, side), (-1, side, side, x.shape[3]))
 
         x = images - constant(mean) if mean.any() else images  # then zeros are mean pixels
@@ -215,8 +209,10 @@ def folding(fold):
         import tensorflow as tf
 
         y = normed_words(x, fold.norm1, -1 if legacy else (1, 2))
-        y = proj(tf.reshape(y, (images, x.shape[0] // images, -1)))
-        return y if legacy else central(normed(y, fold.norm2) * scale) + shift
+        y = proj(tf.reshape(y, (x.shape[0], -1)))
+        if not legacy:
+            y = central(normed(y, fold.norm2) * scale) + shift
+        return tf.reshape(y, (images, -1, y.shape[1]))  # after the bias, see `of_squares`
 
     return call
 

@@ -177,7 +177,8 @@ def of_squares(kernel, bias):
         import tensorflow as tf
 
         y = project(tf.reshape(squares(x, side), (-1, side * side * x.shape[3])))
-        # Only now: of rank 3, the converter would merge the bias with the positions behind it.
+        # Reshaped after the bias is added: where there are no prefix tokens the converter would
+        # merge it with the positions, which become as narrow as the weights.
         return tf.reshape(y, (x.shape[0], -1, width))
 
     return call
@@ -214,6 +215,18 @@ def attention_numbers(layer, norm, scale):
     return query, key, value, layer_scaled(kernel, bias + biases[2] @ kernel, scale)
 
 
+def rows_of_heads(y, heads):
+    """A row for each token of each head: (B, T, h * d) -> (B * h, T, d).
+
+    But for the last reshape, XNNPACK would transpose what stands right in a product once more.
+    """
+    import tensorflow as tf
+
+    y = tf.reshape(y, (*y.shape[:2], heads, y.shape[2] // heads))
+    y = tf.transpose(y, (0, 2, 1, 3))
+    return tf.reshape(y, (-1, *y.shape[2:]))
+
+
 def attention(layer, norm, scale):
     """Attention within images: function of a stream (B, T, D), of which it computes the update."""
     heads = layer.num_heads
@@ -223,15 +236,9 @@ def attention(layer, norm, scale):
     def call(x):
         import tensorflow as tf
 
-        def split(y):  # (B, T, h * d) -> (B * h, T, d)
-            y = tf.transpose(
-                tf.reshape(y, (x.shape[0], -1, heads, y.shape[-1] // heads)), (0, 2, 1, 3)
-            )
-            return tf.reshape(y, (-1, *y.shape[2:]))
-
         x = normed(x, norm)
-        q, k, v = (split(part(x)) for part in (query, key, value))
-        y = tf.reshape(tf.linalg.matmul(scores(q, k), v), (x.shape[0], heads, *q.shape[1:]))
+        q, k, v = (rows_of_heads(part(x), heads) for part in (query, key, value))
+        y = tf.reshape(tf.linalg.matmul(scores(q, k), v), (x.shape[0], heads, x.shape[1], -1))
         return proj(tf.reshape(tf.transpose(y, (0, 2, 1, 3)), (*x.shape[:2], -1)))
 
     return call

@@ -146,8 +146,8 @@ def test_scores_lose_their_largest_where_it_may_be_large(factor, beyond, bounded
 
 
 @pytest.mark.parametrize("factor", [0, 1, 1000])
-def test_values_are_no_larger_than_exponentials_let_be(factor, monkeypatch):
-    """Nor made larger: all at zero pass, too."""
+def test_values_are_divided_where_they_may_exceed_one(factor, monkeypatch):
+    """By the weights; those of zero give no logarithm of zero."""
     import tensorflow as tf
 
     largest = []
@@ -156,8 +156,8 @@ def test_values_are_no_larger_than_exponentials_let_be(factor, monkeypatch):
         largest.append(np.abs(numpy(y)).max())
         return columns(y, heads)
 
-    columns = edge_tnt.words_as_columns
-    monkeypatch.setattr(edge_tnt, "words_as_columns", recorded)
+    columns = edge_tnt.columns_of_heads
+    monkeypatch.setattr(edge_tnt, "columns_of_heads", recorded)
     model = settle(models.TNT(**TNT))
     for i in range(2):
         qkv = model.get_layer(f"block{i:02d}").inner.attention.qkv
@@ -168,7 +168,7 @@ def test_values_are_no_larger_than_exponentials_let_be(factor, monkeypatch):
     expected = numpy(forward(model, x))
     found = edge.lean(model)(tf.constant(x))
     np.testing.assert_allclose(found, expected, atol=1e-4 * max(1, np.abs(expected).max()))
-    assert len(largest) == 4 and max(largest[1::2]) <= 1  # of queries and values, by turns
+    assert len(largest) == 4 and max(largest[1::2]) <= 1  # queries' and values', by turns
 
 
 QUICK = ("vit-map-factorized", "vit-fc_norm-registers", "deit_pre_logits", "tnt", "tnt-legacy")
