@@ -27,8 +27,8 @@ from .edge_vit import (
     with_prefix,
 )
 
-# Delegates for GPUs compute in float16: logarithms of what exponentials may be and what their sums
-# may be.
+# Logarithms of the least that an exponential and the most that a sum of them may be: delegates for
+# GPUs compute in float16.
 SMALLEST, LARGEST = np.log(6.2e-5), np.log(6e4)
 # Zeros above and left of what `PixelEmbedding` convolves.
 MARGIN = 3
@@ -197,7 +197,7 @@ def tnt_stem(layers, mean_std):
 
 
 def folding(fold):
-    """`WordsToPatch`, a centred writer: function of words (P, M, c) and B -> (B, N, D)."""
+    """`WordsToPatch`, a centred writer: function of words (P, M, c) and of B -> (B, N, D)."""
     kernel, bias = after_norm(fold.norm1, *dense_numbers(fold.proj))
     proj = dense(*centred(kernel, bias))
     legacy = fold.layout == "legacy"  # which norms each word apart
@@ -205,14 +205,14 @@ def folding(fold):
         scale, shift = constant(number(fold.norm2.gamma)), number(fold.norm2.beta)
         shift = constant(shift - shift.mean())
 
-    def call(x, images):
+    def call(x, batch_size):
         import tensorflow as tf
 
         y = normed_words(x, fold.norm1, -1 if legacy else (1, 2))
         y = proj(tf.reshape(y, (x.shape[0], -1)))
         if not legacy:
             y = central(normed(y, fold.norm2) * scale) + shift
-        return tf.reshape(y, (images, -1, y.shape[1]))  # after the bias, see `of_squares`
+        return tf.reshape(y, (batch_size, -1, y.shape[1]))  # after the bias, see `of_squares`
 
     return call
 

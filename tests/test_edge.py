@@ -121,16 +121,29 @@ def test_no_score_is_larger_than_what_decides_for_exponentials():
         assert 0.3 * largest < np.abs(products).max() <= largest
 
 
+SUM = np.log(6e4)  # of exponentials that float16 holds, as a logarithm
+LEAST = -np.log(6.2e-5)  # how far below zero a score may be
+
+
 @pytest.mark.parametrize(
-    "factor, beyond, bounded",
-    [(1, None, True), (100, None, False), (1, -1e-6, True), (1, 1e-6, False)],
+    "factor, largest, most, bounded",
+    [
+        (1, None, SUM, True),
+        (100, None, SUM, False),
+        (1, SUM - np.log(4) - 1e-6, SUM, True),  # of 4 words
+        (1, SUM - np.log(4) + 1e-6, SUM, False),
+        (1, LEAST - 1e-6, 2 * SUM, True),
+        (1, LEAST + 1e-6, 2 * SUM, False),
+    ],
 )
-def test_scores_lose_their_largest_where_it_may_be_large(factor, beyond, bounded, monkeypatch):
-    """Or where 4 words' exponentials of the largest score would sum to nearly, or just, 6e4."""
+def test_scores_lose_their_largest_where_it_may_be_large(
+    factor, largest, most, bounded, monkeypatch
+):
+    """Or as far below zero: by the weights, or just within and beyond what float16 holds."""
     import tensorflow as tf
 
-    if beyond:
-        largest = np.log(6e4) - np.log(4) + beyond
+    monkeypatch.setattr(edge_tnt, "LARGEST", most)
+    if largest:
         monkeypatch.setattr(edge_tnt, "largest_score", lambda *numbers: largest)
     model = settle(models.TNT(**TNT))
     for i in range(2):
