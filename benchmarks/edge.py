@@ -50,10 +50,29 @@ def litert(model, path, kind=None):
     return path
 
 
+def onnx_runtime(file, x):
+    """A function of nothing."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    given = {session.get_inputs()[0].name: x}
+    return lambda: session.run(None, given)[0]
+
+
+def open_vino(file, x, **config):
+    """A function of nothing, and the name of the precision that it computes in."""
+    import openvino
+
+    config |= {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.Core().compile_model(file, "CPU", config)
+    precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    return lambda: compiled(x)[compiled.output(0)], precision
+
+
 def peers(name, theirs, x, folder):
     """timm's model in each runtime: {name: function of nothing}."""
-    import onnxruntime
-    import openvino
     import torch
     from onnxruntime.quantization import quantize_dynamic
 
@@ -61,20 +80,9 @@ def peers(name, theirs, x, folder):
     photo = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
     file = folder / f"{name}.onnx"
     torch.onnx.export(theirs, (photo,), str(file), dynamo=True, verbose=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
     small = folder / f"{name}_int8.onnx"
     quantize_dynamic(file, small)
-
-    def onnx(file):
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        given = {session.get_inputs()[0].name: photo.numpy()}
-        return lambda: session.run(None, given)[0]
-
-    core = openvino.Core()
-    config = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
-    by_default = core.compile_model(file, "CPU", config)
-    in_float = core.compile_model(file, "CPU", config | {"INFERENCE_PRECISION_HINT": "f32"})
+    by_default, precision = open_vino(file, photo.numpy())
     compiled = torch.compile(theirs)
 
     def eager(model):
@@ -84,19 +92,14 @@ def peers(name, theirs, x, folder):
 
         return call
 
-    precision = by_default.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     return {
         "timm, torch eager": eager(theirs),
         "timm, torch.compile": eager(compiled),
-        "timm, ONNX Runtime": onnx(file),
-        "timm, ONNX Runtime int8": onnx(small),
-        "timm, OpenVINO f32": lambda: by(in_float, photo),
-        f"timm, OpenVINO default ({precision})": lambda: by(by_default, photo),
+        "timm, ONNX Runtime": onnx_runtime(file, photo.numpy()),
+        "timm, ONNX Runtime int8": onnx_runtime(small, photo.numpy()),
+        "timm, OpenVINO f32": open_vino(file, photo.numpy(), INFERENCE_PRECISION_HINT="f32")[0],
+        f"timm, OpenVINO default ({precision})": by_default,
     }
-
-
-def by(compiled, photo):
-    return compiled(photo.numpy())[compiled.output(0)]
 
 
 def ours(name, model, x, folder):
@@ -107,11 +110,14 @@ def ours(name, model, x, folder):
             label = f"{graph}, {kind or 'float32'}"
             files[label] = folder / f"{name} {label}.tflite".replace("/", "_")
             kv.export(model, files[label], kind, graph=graph)
-    runs = {label: open_litert(file)[0] for label, file in files.items()}
-    return (
-        {label: (lambda run=run: run(x)) for label, run in runs.items()},
-        {label: file.stat().st_size for label, file in files.items()},
-    )
+    opened = {label: open_litert(file)[0] for label, file in files.items()}
+    runs = {label: (lambda run=run: run(x)) for label, run in opened.items()}
+    files["lean .onnx"] = folder / f"{name} lean.onnx".replace("/", "_")
+    kv.export(model, files["lean .onnx"])
+    runs["lean .onnx, ONNX Runtime"] = onnx_runtime(files["lean .onnx"], x)
+    f32 = {"INFERENCE_PRECISION_HINT": "f32"}
+    runs["lean .onnx, OpenVINO f32"] = open_vino(files["lean .onnx"], x, **f32)[0]
+    return runs, {label: file.stat().st_size for label, file in files.items()}
 
 
 def undone():

@@ -118,12 +118,23 @@ def write_onnx(model, path, job):
         found = context.make_node("Sub", [one.output[0], node.output[0]])
         context.replace_all_inputs(node.output[0], found.output[0], ops=consumers)
 
+    def of_quotient(context, node, name, arguments):
+        """ONNX Runtime knows a GELU by erf(x / sqrt(2)); the graph has erf(x * factor)."""
+        product = node.inputs[0]
+        if product.type != "Mul" or not product.inputs[1].is_const():
+            return
+        x, factor = product.input
+        divisor = 1 / context.get_node_by_output(factor).get_tensor_value(as_list=False)
+        divisor = context.make_const(f"{name}_divisor", divisor.astype("float32"))
+        found = context.make_node("Div", [x, divisor.output[0]])
+        context.replace_input(node, node.input[0], found.output[0], 0)
+
     function, spec = signature(model, job)
     tf2onnx.convert.from_function(
         tf.function(function, input_signature=[spec]),
         input_signature=[spec],
         opset=18,
-        custom_op_handlers={"Erfc": (complement, [])},
+        custom_op_handlers={"Erfc": (complement, []), "Erf": (of_quotient, [])},
         output_path=str(path),
     )
 

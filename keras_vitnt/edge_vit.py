@@ -11,7 +11,7 @@ from keras import ops
 
 # A panel of an MLP has at least so many columns; kernels of fewer weights than `CACHED` stay whole,
 # because a core's cache holds them anyway.
-PANEL, CACHED = 192, 1 << 17
+PANEL, CACHED = 256, 1 << 17
 # A head is a panel if it fills whole kernels: XNNPACK's widest for float32 has so many columns.
 LANES = 32
 
@@ -245,10 +245,10 @@ def attention(layer, norm, scale):
 
 
 def attention_in_panels(layer, norm, scale):
-    """As `attention`, with a panel for each head."""
+    """As `attention`, with a panel of queries, keys and values for each head."""
     heads = layer.num_heads
     query, key, value, after = attention_numbers(layer, norm, scale)
-    query, proj = to_panels(*query, heads), from_panels(*centred(*after), heads)
+    query, proj = to_panels(*query, heads), dense(*centred(*after))
     key, value = to_panels(key, None, heads), to_panels(value, None, heads)
 
     def call(x):
@@ -258,9 +258,9 @@ def attention_in_panels(layer, norm, scale):
             return tf.reshape(y, (-1, x.shape[1], y.shape[-1]))
 
         n = normed(x, norm)
-        q = query(n)
-        y = tf.linalg.matmul(scores(split(q), split(key(n))), split(value(n)))
-        return tf.reshape(proj(tf.reshape(y, q.shape)), x.shape)
+        q, k, v = (split(part(n)) for part in (query, key, value))
+        y = tf.reshape(tf.linalg.matmul(scores(q, k), v), (heads, *x.shape[:2], -1))
+        return proj(tf.reshape(tf.transpose(y, (1, 2, 0, 3)), x.shape))
 
     return call
 
