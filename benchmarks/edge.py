@@ -61,11 +61,13 @@ def onnx_runtime(file, x):
     return lambda: session.run(None, given)[0]
 
 
-def open_vino(file, x, **config):
-    """A function of nothing, and the name of the precision that it computes in."""
+def open_vino(file, x, precision=None):
+    """A function of nothing, and its precision, which OpenVINO chooses for None."""
     import openvino
 
-    config |= {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
+    config = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
+    if precision:
+        config["INFERENCE_PRECISION_HINT"] = precision
     compiled = openvino.Core().compile_model(file, "CPU", config)
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     return lambda: compiled(x)[compiled.output(0)], precision
@@ -77,12 +79,13 @@ def peers(name, theirs, x, folder):
     from onnxruntime.quantization import quantize_dynamic
 
     torch.set_num_threads(THREADS)
-    photo = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    pixels = x.transpose(0, 3, 1, 2).copy()
+    photo = torch.from_numpy(pixels)
     file = folder / f"{name}.onnx"
     torch.onnx.export(theirs, (photo,), str(file), dynamo=True, verbose=False)
     small = folder / f"{name}_int8.onnx"
     quantize_dynamic(file, small)
-    by_default, precision = open_vino(file, photo.numpy())
+    by_default, precision = open_vino(file, pixels)
     compiled = torch.compile(theirs)
 
     def eager(model):
@@ -95,9 +98,9 @@ def peers(name, theirs, x, folder):
     return {
         "timm, torch eager": eager(theirs),
         "timm, torch.compile": eager(compiled),
-        "timm, ONNX Runtime": onnx_runtime(file, photo.numpy()),
-        "timm, ONNX Runtime int8": onnx_runtime(small, photo.numpy()),
-        "timm, OpenVINO f32": open_vino(file, photo.numpy(), INFERENCE_PRECISION_HINT="f32")[0],
+        "timm, ONNX Runtime": onnx_runtime(file, pixels),
+        "timm, ONNX Runtime int8": onnx_runtime(small, pixels),
+        "timm, OpenVINO f32": open_vino(file, pixels, "f32")[0],
         f"timm, OpenVINO default ({precision})": by_default,
     }
 
@@ -112,11 +115,10 @@ def ours(name, model, x, folder):
             kv.export(model, files[label], kind, graph=graph)
     opened = {label: open_litert(file)[0] for label, file in files.items()}
     runs = {label: (lambda run=run: run(x)) for label, run in opened.items()}
-    files["lean .onnx"] = folder / f"{name} lean.onnx".replace("/", "_")
-    kv.export(model, files["lean .onnx"])
-    runs["lean .onnx, ONNX Runtime"] = onnx_runtime(files["lean .onnx"], x)
-    f32 = {"INFERENCE_PRECISION_HINT": "f32"}
-    runs["lean .onnx, OpenVINO f32"] = open_vino(files["lean .onnx"], x, **f32)[0]
+    onnx = folder / f"{name} lean.onnx".replace("/", "_")
+    kv.export(model, onnx)
+    runs["lean .onnx, ONNX Runtime"] = onnx_runtime(onnx, x)
+    runs["lean .onnx, OpenVINO f32"] = open_vino(onnx, x, "f32")[0]
     return runs, {label: file.stat().st_size for label, file in files.items()}
 
 

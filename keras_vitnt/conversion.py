@@ -119,15 +119,13 @@ def write_onnx(model, path, job):
         context.replace_all_inputs(node.output[0], found.output[0], ops=consumers)
 
     def of_quotient(context, node, name, arguments):
-        """ONNX Runtime knows a GELU by erf(x / sqrt(2)); the graph has erf(x * factor)."""
+        """TensorFlow makes a product of x / sqrt(2); ONNX Runtime knows a GELU by the quotient."""
         product = node.inputs[0]
-        if product.type != "Mul" or not product.inputs[1].is_const():
-            return
-        x, factor = product.input
-        divisor = 1 / context.get_node_by_output(factor).get_tensor_value(as_list=False)
-        divisor = context.make_const(f"{name}_divisor", divisor.astype("float32"))
-        found = context.make_node("Div", [x, divisor.output[0]])
-        context.replace_input(node, node.input[0], found.output[0], 0)
+        if product.type == "Mul" and product.inputs[1].is_const():
+            divisor = 1 / product.inputs[1].get_tensor_value(as_list=False)
+            divisor = context.make_const(f"{name}_divisor", divisor.astype("float32"))
+            quotient = context.make_node("Div", [product.input[0], divisor.output[0]])
+            context.replace_input(node, node.input[0], quotient.output[0], 0)
 
     function, spec = signature(model, job)
     tf2onnx.convert.from_function(

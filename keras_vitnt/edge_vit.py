@@ -125,7 +125,7 @@ def gelu(mlp):
 
         if not exact:
             return tf.nn.gelu(x, approximate=True)
-        # This form both LiteRT's converter and ONNX Runtime make one operation of.
+        # Of this form LiteRT's converter makes one operation.
         return 0.5 * x * (1.0 + tf.math.erf(x * 0.70710677))
 
     return call

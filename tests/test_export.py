@@ -1,5 +1,6 @@
 """Files are the model's numbers, or are not left; each was run in the runtime that users have."""
 
+import collections
 import json
 import os
 import re
@@ -79,6 +80,25 @@ def test_files_from_all_backends_are_equal(tmp_path):
             found = numbers(tmp_path / backend / name, photos, plain)
             close = 1e-5 * max(1, np.abs(expected).max())
             np.testing.assert_allclose(found, expected, rtol=0, atol=close)
+
+
+def in_onnx_runtime(path):
+    """{operator: how many} of what ONNX Runtime makes of a file."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path.with_suffix(".optimized"))
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(options.optimized_model_filepath).graph.node
+    return collections.Counter(node.op_type for node in nodes)
+
+
+@pytest.mark.conversion
+def test_onnx_runtime_knows_the_gelus_of_the_lean_graph(tmp_path):
+    export(settle(models.TNT(**TNT)), tmp_path / "x.onnx")
+    operators = in_onnx_runtime(tmp_path / "x.onnx")
+    assert operators["Gelu"] == 2 * TNT["depth"] and not operators["Erf"]
 
 
 @pytest.mark.conversion
