@@ -14,7 +14,7 @@ is rewritten, exactly up to rounding:
   are centred, which takes off the mean of what it reads;
 * the attention scale is folded into the queries, layer scale into the layer before it;
 * in float32 a wide product is a batch of narrower ones, panels of its columns: a core keeps the
-  weights of one in its cache, and heads come apart and together without being copied;
+  weights of one in its cache, and heads come apart without being copied;
 * the last block computes only the rows that the head reads, and no keys and values: q K' =
   (q Wk') x';
 * words' attention multiplies values by exponentials and divides by their sums at last; the largest
