@@ -110,29 +110,33 @@ def write_onnx(model, path, job):
         raise Refused(f"{path.name} needs {error.name}: pip install 'keras-vitnt[onnx]'.") from None
     import tensorflow as tf
 
-    def complement(context, node, name, arguments):
-        """ONNX has the error function, but not its complement, which Keras' GELU uses."""
-        consumers = context.find_output_consumers(node.output[0])
-        node.type = "Erf"
-        one = context.make_const(f"{name}_one", np.array(1, "float32"))
-        found = context.make_node("Sub", [one.output[0], node.output[0]])
-        context.replace_all_inputs(node.output[0], found.output[0], ops=consumers)
+    def error_function(context, node, name, arguments):
+        """ONNX Runtime knows a GELU by 1 + erf(x / c); TensorFlow has erf(x * c) or erfc(-x * c).
 
-    def of_quotient(context, node, name, arguments):
-        """TensorFlow makes a product of x / sqrt(2); ONNX Runtime knows a GELU by the quotient."""
-        product = node.inputs[0]
+        Besides, ONNX has no complement.
+        """
+        product, sign = node.inputs[0], "Sub"
         if product.type == "Mul" and product.inputs[1].is_const():
+            x = product.input[0]
+            if node.type == "Erfc" and product.inputs[0].type == "Neg":
+                x, sign = product.inputs[0].input[0], "Add"
             divisor = 1 / product.inputs[1].get_tensor_value(as_list=False)
             divisor = context.make_const(f"{name}_divisor", divisor.astype("float32"))
-            quotient = context.make_node("Div", [product.input[0], divisor.output[0]])
+            quotient = context.make_node("Div", [x, divisor.output[0]])
             context.replace_input(node, node.input[0], quotient.output[0], 0)
+        if node.type == "Erfc":
+            consumers = context.find_output_consumers(node.output[0])
+            node.type = "Erf"
+            one = context.make_const(f"{name}_one", np.array(1, "float32"))
+            found = context.make_node(sign, [one.output[0], node.output[0]])
+            context.replace_all_inputs(node.output[0], found.output[0], ops=consumers)
 
     function, spec = signature(model, job)
     tf2onnx.convert.from_function(
         tf.function(function, input_signature=[spec]),
         input_signature=[spec],
         opset=18,
-        custom_op_handlers={"Erfc": (complement, []), "Erf": (of_quotient, [])},
+        custom_op_handlers=dict.fromkeys(("Erf", "Erfc"), (error_function, [])),
         output_path=str(path),
     )
 

@@ -95,10 +95,21 @@ def in_onnx_runtime(path):
 
 
 @pytest.mark.conversion
-def test_onnx_runtime_knows_the_gelus_of_the_lean_graph(tmp_path):
-    export(settle(models.TNT(**TNT)), tmp_path / "x.onnx")
+@pytest.mark.parametrize("graph", ["lean", "plain"])
+def test_onnx_runtime_knows_the_gelus(graph, tmp_path):
+    export(settle(models.TNT(**TNT)), tmp_path / "x.onnx", graph=graph)
     operators = in_onnx_runtime(tmp_path / "x.onnx")
-    assert operators["Gelu"] == 2 * TNT["depth"] and not operators["Erf"]
+    assert operators["Gelu"] + operators["BiasGelu"] == 2 * TNT["depth"] and not operators["Erf"]
+
+
+@pytest.mark.conversion
+def test_error_functions_outside_gelus_are_kept(tmp_path):
+    x = keras.Input((8, 12, 3))
+    y = keras.ops.concatenate([keras.ops.erf(x), keras.ops.erf(-3 * x)], axis=-1)
+    model = keras.Model(x, keras.layers.GlobalAveragePooling2D()(y))
+    found = export(model, tmp_path / "x.onnx", graph="plain")
+    assert found.comparison.max_difference < 1e-6
+    assert in_onnx_runtime(tmp_path / "x.onnx")["Erf"] == 2
 
 
 @pytest.mark.conversion
