@@ -22,7 +22,7 @@ from . import edge, gate, images, quantize, sources, weights
 from .checks import check_arrays, check_names, check_targets, fitted, report_of, sides
 from .conversion import Report
 from .gate import format_of
-from .vit import PatchEncoder
+from .vit import PatchEncoder, check_divisible
 
 PHOTOS = 500  # of the validation part; enough to see a fifth of a point
 CALIBRATION = 64  # of the training part
@@ -367,11 +367,7 @@ def resized(model, image_size):
     side = next(
         item["config"]["patch_size"] for item in config["layers"] if "patch_size" in item["config"]
     )
-    if height % side or width % side:
-        raise ValueError(
-            f"image_size {height} x {width} cannot be cut into patches of {side} x {side}: both "
-            f"sides must be divisible by {side}."
-        )
+    check_divisible(height, width, side)
     for item in config["layers"]:
         item.pop("build_config", None)
         if item["class_name"] == "InputLayer":

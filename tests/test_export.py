@@ -186,7 +186,7 @@ def test_another_image_size(positions, tmp_path, passed_on):
     assert options["preprocessing"] == images.Preprocessing((16, 12))
     x = images.normalize(real_photos((16, 12, 3)), options["preprocessing"])
     np.testing.assert_allclose(numpy(forward(given, x)), numpy(forward(new, x)), atol=1e-5)
-    for size, message in [((15, 12), "image_size 15 x 12 cannot be cut"), (16, "got 16")]:
+    for size, message in [((15, 12), "15 x 12 pixels cannot be cut"), (16, "got 16")]:
         with pytest.raises(ValueError, match=message):
             export(model, tmp_path / "other.tflite", image_size=size)
 
