@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from keras import ops
 
 from . import positions
 from .checkpoints import Checkpoint, open_checkpoint
@@ -396,7 +397,11 @@ def assign(model, names, report, changes):
     for row in sorted(report.rows, key=lambda row: re.sub(r"^block\d+/", "", row.variable)):
         if row.action != "re-initialised":
             array = changes[row.variable](read_ours(names, row.variable))
-            variables[row.variable].assign(array.reshape(row.shape))
+            array = array.reshape(row.shape)
+            if array.ndim == 2 and array.flags.f_contiguous:
+                # Backends transpose on all cores; NumPy, copying for them, on one and past caches.
+                array = ops.transpose(array.T)
+            variables[row.variable].assign(array)
 
 
 def is_head_of(scheme, name):
