@@ -20,7 +20,7 @@ from . import edge, gate, images, quantize
 from .gate import format_of
 
 
-class Report(NamedTuple):
+class ExportReport(NamedTuple):
     """What was written, and how it compares with the model.
 
     Attributes:
@@ -268,7 +268,7 @@ class Worker:
         return keep, rows
 
     def write(self, path, kind):
-        """Write one file and let it pass the gate: a `Report` as a dict."""
+        """Write one file and let it pass the gate: an `ExportReport` as a dict."""
         form, graph = format_of(path), self.job["graph"]
         kept, rows, found, compared = [], [], {}, None
         say(f"Writing {path.name}")
@@ -297,7 +297,7 @@ class Worker:
             compared = self.floats[False][1] if exact else self.compare(path)
             agreement = self.job.get("min_agreement")
             refuse(path.name, gate.faults(compared, kind, agreement, self.floor))
-        return Report(
+        return ExportReport(
             path=str(path),
             format=form,
             graph=graph if form in ("litert", "onnx") else "plain",
@@ -337,7 +337,7 @@ def say(text):
 
 
 def write_all(model, job, arrays, folder):
-    """The job's files: a list of `Report`s as dicts. `folder`: for what lies between them."""
+    """The job's files: a list of `ExportReport`s as dicts. `folder`: for what lies between them."""
     worker = Worker(model, job, arrays)
     worker.write_floats(folder)
     reports = [worker.write(Path(file["path"]), file["quantize"]) for file in job["files"]]

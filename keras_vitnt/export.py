@@ -20,7 +20,7 @@ import numpy as np
 
 from . import edge, gate, images, quantize, sources, weights
 from .checks import check_arrays, check_names, check_targets, fitted, report_of, sides
-from .conversion import Report
+from .conversion import ExportReport
 from .gate import format_of
 from .vit import PatchEncoder, check_divisible
 
@@ -95,7 +95,7 @@ def export(
         sensitivity: quantise each part alone, too, and report what that does.
 
     Returns:
-        A `Report`.
+        An `ExportReport`.
 
     Raises:
         ValueError: for arguments that do not fit each other or the model.
@@ -204,7 +204,7 @@ def export_all(
     check_labels=False,
     **job,
 ):
-    """Several exports of one model in one conversion process: {path: quantize} -> [`Report`].
+    """Several exports of one model in one conversion process: {path: quantize} -> `ExportReport`s.
 
     The other arguments are those of `export`; `check_labels` refuses a model whose classes are
     taken for one another, which what has just been trained on these labels need not pass.
@@ -253,7 +253,9 @@ def export_all(
         for found, path, place in zip(written, targets, places):
             compared = found["comparison"] and gate.Comparison(**found["comparison"])
             rows = [quantize.Sensitivity(**row) for row in found["sensitivity"]]
-            report = Report(**{**found, "path": path, "comparison": compared, "sensitivity": rows})
+            report = ExportReport(
+                **{**found, "path": path, "comparison": compared, "sensitivity": rows}
+            )
             put_in_place(Path(found["path"]), place)
             beside = report_of(place)
             new = Path(found["path"]).with_name(beside.name)

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 import numpy as np
 
-from . import images, models, schemes, weights
+from . import fitting, images, models, schemes, weights
 from .checkpoints import open_checkpoint
 from .names import parse_name
 
@@ -145,7 +145,7 @@ def architecture(names, overrides):
         options["gelu"], why = gelu(names, overrides)
         notes.append(f"gelu={options['gelu']!r}: {why}")
     options["pooling"] = pooling(names, options)
-    options["patch_size"] = weights.patch_size(names)
+    options["patch_size"] = fitting.patch_size(names)
     grid = positions(names, options, overrides, notes)
     kernel = shape("pixels/projection/kernel") or shape("encoder/projection/kernel")
     options["input_shape"] = (*(side * options["patch_size"] for side in grid), kernel[2])
@@ -204,7 +204,7 @@ def positions(names, options, overrides, notes):
     """Fill in the positions' options; returns the grid (rows, columns) of the patches."""
     table = names.shape("encoder/position_embedding")
     prefix = options["class_token"] + options.get("distilled", False) + options["register_tokens"]
-    stated = weights.source_grid(names)
+    stated = fitting.source_grid(names)
     if table is None:
         google = names.scheme.table is schemes.GOOGLE
         kind = overrides.get("positions") or names.checkpoint.config.get("positions")
@@ -224,7 +224,7 @@ def positions(names, options, overrides, notes):
         asked = tuple(side // options["patch_size"] for side in asked[:2])
         # The size that was asked for, if the table is just of that size.
         stated = asked if table[0] - asked[0] * asked[1] in (0, prefix) else None
-    leading, grid = weights.prefix_rows(table[0], prefix, stated)
+    leading, grid = fitting.prefix_rows(table[0], prefix, stated)
     if grid is None:
         raise ValueError(
             f"{names.checkpoint.source} has {table[0]} positions, no square of patches, and no "
@@ -390,7 +390,7 @@ def facts_of(names, build, model):
 
 
 def load(source, **overrides):
-    """As `from_checkpoint`: (model, facts as of `inspect`, `Report`)."""
+    """As `from_checkpoint`: (model, facts as of `inspect`, `LoadReport`)."""
     names, build, switches, notes = resolve(source, overrides)
     model = build()
     found, changes = weights.plan(model, names, **switches)
@@ -408,13 +408,13 @@ def from_checkpoint(source, report=False, **overrides):
     Args:
         source: a path, or "hf:owner/name[@revision]", of what `load_weights` reads but for our own
             `.keras` and `.weights.h5`, which say nothing of this.
-        report: whether to return the `Report` too.
+        report: whether to return the `LoadReport` too.
         **overrides: keyword arguments of the builder (`ViT`, `DeiT`, `TNT`). Another
             `input_shape` resamples positions (`method`, see `positions.resize`) and adapts the
             projection to its channels; another number of `classes` gets a new head.
 
     Returns:
-        A functional `keras.Model`, or (model, `Report`).
+        A functional `keras.Model`, or (model, `LoadReport`).
 
     Raises:
         FileNotFoundError, ValueError: see `load_weights`.
@@ -435,9 +435,9 @@ def inspect(source, **overrides):
         source, **overrides: as in `from_checkpoint`.
 
     Returns:
-        (facts, `Report`): a dict of the builder's keyword arguments, with "family", "parameters",
-        "preprocessing" (a dict, see `images.Preprocessing`) and "names" (of the classes, or None)
-        beside them; and what would go where.
+        (facts, `LoadReport`): a dict of the builder's keyword arguments, with "family",
+        "parameters", "preprocessing" (a dict, see `images.Preprocessing`) and "names" (of the
+        classes, or None) beside them; and what would go where.
 
     Raises:
         As `from_checkpoint`.

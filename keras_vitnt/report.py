@@ -53,7 +53,7 @@ def picture_confusion(matrix, names):
 
 
 def print_exports(found, title):
-    """A table of `export.Report`s, a line each."""
+    """A table of `ExportReport`s, a line each."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -73,7 +73,7 @@ def test_another_size_classes_and_channels(tmp_path):
 
 def test_four_channels_are_adapted_as_timm_does():
     kernel = np.random.default_rng(0).normal(size=(2, 2, 3, 5)).astype("float32")
-    adapted = kv.weights.adapted_channels(kernel, 4)
+    adapted = kv.fitting.adapted_channels(kernel, 4)
     expected = np.concatenate([kernel, kernel[:, :, :1]], axis=2) * 0.75
     np.testing.assert_allclose(adapted, expected, rtol=1e-6)
 
