@@ -52,7 +52,7 @@ def check_targets(
                 f"Unknown format of {path}: expected a name that ends in .tflite, .onnx or .keras, "
                 "or a folder's name without suffix for a SavedModel."
             )
-        if path.is_dir() and not (form == "saved_model" and (path / "saved_model.pb").is_file()):
+        if path.is_dir() and not (form == "saved_model" and is_free(path)):
             raise ValueError(f"{path} is a folder of something else; it is not replaced.")
         if path.is_file() and form == "saved_model":
             raise ValueError(f"{path} is a file; a SavedModel's folder does not replace it.")
@@ -78,6 +78,11 @@ def check_targets(
 def report_of(path):
     """Where the report of a file stands."""
     return path.with_name(f"{path.name}.json")
+
+
+def is_free(folder):
+    """Whether a SavedModel may take a folder's place: it is one, or empty."""
+    return (folder / "saved_model.pb").is_file() or not any(folder.iterdir())
 
 
 def is_report(path):

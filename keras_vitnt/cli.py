@@ -205,9 +205,9 @@ def parser():
     )
     new.add_argument(
         "--keep-float",
-        nargs="*",
-        metavar="PART",
-        help="such as block00/mlp; no PART quantises all (default: TNT's inner layers, if few)",
+        type=part_names,
+        metavar="PART,...",
+        help="such as stem,block00/mlp, or none (default: TNT's inner layers, if few)",
     )
     new.add_argument(
         "--sensitivity", action="store_true", help="what quantising each part alone does"
@@ -238,6 +238,10 @@ def positive(text):
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
     return int(text)
+
+
+def part_names(text):
+    return [] if text == "none" else text.split(",")
 
 
 def image_size(text):

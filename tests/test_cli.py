@@ -362,10 +362,13 @@ def test_other_classes_are_not_scored(photos, tmp_path, monkeypatch, capsys):
         run(monkeypatch, "evaluate", tmp_path, "--data", f"folder:{photos}")
     expected = "The model knows the classes a, b, c, d, e, ... (7); "
     assert expected in capsys.readouterr().err
-    data = ["--photos", f"folder:{photos}"]
-    run(monkeypatch, "export", tmp_path, tmp_path / "x.tflite", *data, "--quantize", "int8-static")
+    data = ["--photos", f"folder:{photos}", "--quantize", "int8-static"]
+    # Options come first in usage lines, so none may swallow the two paths.
+    data += ["--keep-float", "stem,head"]
+    run(monkeypatch, "export", *data, tmp_path, tmp_path / "x.tflite")
     found = capsys.readouterr().out
     assert expected in found and "Compared without accuracy" in found
+    assert "In float: stem, head" in found and cli.part_names("none") == []
 
 
 def test_training_and_calibration_need_photos_of_the_training_part(tmp_path, monkeypatch, capsys):

@@ -270,7 +270,7 @@ def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             export(given, tmp_path / name, **options)
     assert not list(tmp_path.iterdir())
-    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a").mkdir(parents=True)
     with pytest.raises(ValueError, match="photos is a folder of something else"):
         export(model, tmp_path / "photos")
     (tmp_path / "file").write_text("")
@@ -462,6 +462,7 @@ def test_static_ranges_are_those_of_all_photos(tmp_path):
 def test_other_networks_may_have_layers_of_our_names(tmp_path):
     layers = [keras.Input((8, 12, 3)), keras.layers.Conv2D(4, 3, name="block1_conv1")]
     model = keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D()])
+    (tmp_path / "saved_model").mkdir()  # an empty folder is as good as none
     export_all(model, {tmp_path / "saved_model": None, tmp_path / "x.keras": None})
     (found,) = export_all(model, {tmp_path / "x.tflite": None}, "plain")
     assert found.comparison.max_difference < 1e-5
