@@ -45,10 +45,10 @@ def load_dataset(name="embedded", data_dir=None):
 
     Args:
         name: "embedded": 2,062 photos of hands that sign the digits 0 to 9. "folder:PATH": a
-            folder per class, either directly in PATH or in PATH/train (split 80/20, the same each
-            time), or in PATH/train and PATH/validation (or val, valid, test). "tfds:NAME": a
-            prepared TensorFlow Datasets set with one image and one label; its validation part is
-            `validation`, else `test`, else a fifth of `train`.
+            folder per class, with subfolders or without, either directly in PATH or in PATH/train
+            (split 80/20, the same each time), or in PATH/train and PATH/validation (or val, valid,
+            test). "tfds:NAME": a prepared TensorFlow Datasets set with one image and one label; its
+            validation part is `validation`, else `test`, else a fifth of `train`.
         data_dir: where TensorFlow Datasets keeps its sets; None for its default.
 
     Returns:
@@ -108,8 +108,7 @@ def read_embedded():
 def read_folder(root):
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder at {root}.")
-    folders = visible(root, Path.is_dir)
-    names = [folder.name for folder in folders]
+    names = [folder.name for folder in class_folders(root)]
     held_out = next((name for name in VALIDATION_FOLDERS if name in names), None)
     if "train" in names and held_out:
         train, classes = read_class_folders(root / "train")
@@ -124,15 +123,22 @@ def read_folder(root):
     return train, None, classes
 
 
-def visible(folder, kind):
-    return sorted(p for p in folder.iterdir() if kind(p) and not p.name.startswith("."))
+def class_folders(root):
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def files_below(folder):
+    """All files of a folder and its subfolders, but hidden ones; links that lead nowhere, too."""
+    files = [p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
+    hidden = (any(part.startswith(".") for part in p.relative_to(folder).parts) for p in files)
+    return sorted(p for p, hides in zip(files, hidden) if not hides)
 
 
 def read_class_folders(root):
-    classes = visible(root, Path.is_dir)
+    classes = class_folders(root)
     paths, labels = [], []
     for label, folder in enumerate(classes):
-        files = visible(folder, Path.is_file)
+        files = files_below(folder)
         if not files:
             raise ValueError(f"The class folder {folder} is empty.")
         paths += files
@@ -206,7 +212,7 @@ def decode_all(photos, preprocessing, progress=None):
             source = photos.sources[i]
             pixels = images.fit(images.decode(source), preprocessing)
             return (pixels if i < keep or isinstance(source, np.ndarray) else source), None
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return None, str(error).replace("the image", photos.names[i])
         finally:
             if progress:

@@ -59,6 +59,20 @@ def test_unreadable_files_are_counted_and_named(tmp_path):
         datasets.decode_all(photos, images.Preprocessing((16, 16)))
 
 
+def test_subfolders_belong_to_their_class_and_links_are_followed_or_named(tmp_path):
+    for label in ("cat", "dog"):
+        write_photos(tmp_path / "set" / label / "day", ["0.png"])
+    write_photos(tmp_path / "set" / "cat" / ".cache", ["hidden.png"])
+    cat = tmp_path / "set" / "cat"
+    (cat / "link.png").symlink_to(cat / "day" / "0.png")
+    (cat / "lost.png").symlink_to("absent.png")
+    (cat / "loop").symlink_to(cat)
+    photos, classes = datasets.read_class_folders(tmp_path / "set")
+    good, faults = datasets.decode_all(photos, images.Preprocessing((16, 16)))
+    assert classes == ["cat", "dog"] and good.labels.tolist() == [0, 0, 1]
+    assert ["loop" in faults[0], "lost.png" in faults[1], len(faults)] == [True, True, 2]
+
+
 def test_strange_files_are_no_part_of_the_validation(tmp_path):
     for label in ("cat", "dog"):
         write_photos(tmp_path / label, ["a.png", "b.png"])
