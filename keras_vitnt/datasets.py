@@ -45,10 +45,10 @@ def load_dataset(name="embedded", data_dir=None):
 
     Args:
         name: "embedded": 2,062 photos of hands that sign the digits 0 to 9. "folder:PATH": a
-            folder per class, with subfolders or without, either directly in PATH or in PATH/train
-            (split 80/20, the same each time), or in PATH/train and PATH/validation (or val, valid,
-            test). "tfds:NAME": a prepared TensorFlow Datasets set with one image and one label; its
-            validation part is `validation`, else `test`, else a fifth of `train`.
+            folder per class, either directly in PATH or in PATH/train (split 80/20, the same each
+            time), or in PATH/train and PATH/validation (or val, valid, test). "tfds:NAME": a
+            prepared TensorFlow Datasets set with one image and one label; its validation part is
+            `validation`, else `test`, else a fifth of `train`.
         data_dir: where TensorFlow Datasets keeps its sets; None for its default.
 
     Returns:
@@ -108,7 +108,7 @@ def read_embedded():
 def read_folder(root):
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder at {root}.")
-    names = [folder.name for folder in class_folders(root)]
+    names = [folder.name for folder in visible(root) if folder.is_dir()]
     held_out = next((name for name in VALIDATION_FOLDERS if name in names), None)
     if "train" in names and held_out:
         train, classes = read_class_folders(root / "train")
@@ -123,22 +123,15 @@ def read_folder(root):
     return train, None, classes
 
 
-def class_folders(root):
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def files_below(folder):
-    """All files of a folder and its subfolders, but hidden ones; links that lead nowhere, too."""
-    files = [p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
-    hidden = (any(part.startswith(".") for part in p.relative_to(folder).parts) for p in files)
-    return sorted(p for p, hides in zip(files, hidden) if not hides)
+def visible(folder):
+    return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
 
 def read_class_folders(root):
-    classes = class_folders(root)
+    classes = [folder for folder in visible(root) if folder.is_dir()]
     paths, labels = [], []
     for label, folder in enumerate(classes):
-        files = files_below(folder)
+        files = visible(folder)  # folders and links to nowhere, too: `decode_all` names them
         if not files:
             raise ValueError(f"The class folder {folder} is empty.")
         paths += files

@@ -77,7 +77,8 @@ def decode(source):
     if isinstance(source, str | Path):
         name = str(source)
         if not Path(source).is_file():
-            raise FileNotFoundError(f"There is no image at {name}.")
+            found = ": a folder." if Path(source).is_dir() else "."
+            raise FileNotFoundError(f"There is no image at {name}{found}")
         source = Path(source).read_bytes()
     try:
         image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source))

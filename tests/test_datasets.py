@@ -59,18 +59,23 @@ def test_unreadable_files_are_counted_and_named(tmp_path):
         datasets.decode_all(photos, images.Preprocessing((16, 16)))
 
 
-def test_subfolders_belong_to_their_class_and_links_are_followed_or_named(tmp_path):
+def test_subfolders_and_links_are_followed_or_named(tmp_path):
     for label in ("cat", "dog"):
-        write_photos(tmp_path / "set" / label / "day", ["0.png"])
-    write_photos(tmp_path / "set" / "cat" / ".cache", ["hidden.png"])
-    cat = tmp_path / "set" / "cat"
-    (cat / "link.png").symlink_to(cat / "day" / "0.png")
+        write_photos(tmp_path / label, ["0.png", "1.png"])
+    cat = tmp_path / "cat"
+    write_photos(cat / "day", ["0.png"])
+    write_photos(cat / ".cache", ["hidden.png"])
+    (cat / "link.png").symlink_to(cat / "0.png")
     (cat / "lost.png").symlink_to("absent.png")
-    (cat / "loop").symlink_to(cat)
-    photos, classes = datasets.read_class_folders(tmp_path / "set")
+    photos, _ = datasets.read_class_folders(tmp_path)
     good, faults = datasets.decode_all(photos, images.Preprocessing((16, 16)))
-    assert classes == ["cat", "dog"] and good.labels.tolist() == [0, 0, 1]
-    assert ["loop" in faults[0], "lost.png" in faults[1], len(faults)] == [True, True, 2]
+    assert good.labels.tolist() == [0, 0, 0, 1, 1]
+    at = "There is no image at"
+    assert faults == [f"{at} {cat}/day: a folder.", f"{at} {cat}/lost.png."]
+    (tmp_path / "bird" / "night").mkdir(parents=True)
+    photos, _ = datasets.read_class_folders(tmp_path)
+    with pytest.raises(ValueError, match="A class has no readable photo left.*night: a folder"):
+        datasets.decode_all(photos, images.Preprocessing((16, 16)))
 
 
 def test_strange_files_are_no_part_of_the_validation(tmp_path):
