@@ -52,8 +52,8 @@ def check_targets(
                 f"Unknown format of {path}: expected a name that ends in .tflite, .onnx or .keras, "
                 "or a folder's name without suffix for a SavedModel."
             )
-        if path.is_dir() and not (form == "saved_model" and is_free(path)):
-            raise ValueError(f"{path} is a folder of something else; it is not replaced.")
+        if path.is_dir():
+            check_replaces(path, form)
         if path.is_file() and form == "saved_model":
             raise ValueError(f"{path} is a file; a SavedModel's folder does not replace it.")
         beside = report_of(path)
@@ -80,9 +80,15 @@ def report_of(path):
     return path.with_name(f"{path.name}.json")
 
 
-def is_free(folder):
-    """Whether a SavedModel may take a folder's place: it is one, or empty."""
-    return (folder / "saved_model.pb").is_file() or not any(folder.iterdir())
+def check_replaces(folder, form):
+    """Refuse to put anything in a folder's place but a SavedModel where one is, or nothing.
+
+    Raises:
+        ValueError: if the folder holds something else, or the `gate.format_of` is a file's.
+    """
+    names = [path.name for path in folder.iterdir()]
+    if form != "saved_model" or (names and "saved_model.pb" not in names):
+        raise ValueError(f"{folder} is a folder of something else; it is not replaced.")
 
 
 def is_report(path):

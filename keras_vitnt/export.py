@@ -19,7 +19,15 @@ import keras
 import numpy as np
 
 from . import edge, gate, images, quantize, sources, weights
-from .checks import check_arrays, check_names, check_targets, fitted, report_of, sides
+from .checks import (
+    check_arrays,
+    check_names,
+    check_replaces,
+    check_targets,
+    fitted,
+    report_of,
+    sides,
+)
 from .conversion import ExportReport
 from .gate import format_of
 from .vit import PatchEncoder, check_divisible
@@ -315,6 +323,7 @@ def put_in_place(new, path):
     while True:
         if path.is_dir():  # no folder can be replaced in one step: the old one goes aside
             with suppress(FileNotFoundError):
+                check_replaces(path, format_of(new))  # again: by now it may hold something
                 os.replace(path, tempfile.mkdtemp(dir=new.parent))
         try:
             return os.replace(new, path)

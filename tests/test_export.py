@@ -720,14 +720,19 @@ def test_folders_replace_each_other_whoever_comes_first(tmp_path):
     def put(i):
         new = tmp_path / f"work{i}" / "model"
         new.mkdir(parents=True)
-        for name in ("a", "b"):
+        for name in ("saved_model.pb", "variables"):
             (new / name).write_text(str(i))
         put_in_place(new, target)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(put, range(64)))
-    assert (target / "a").read_text() == (target / "b").read_text()
-    assert sorted(os.listdir(target)) == ["a", "b"]
+    assert (target / "saved_model.pb").read_text() == (target / "variables").read_text()
+    assert sorted(os.listdir(target)) == ["saved_model.pb", "variables"]
+    target = tmp_path / "photos"  # empty when the export began
+    (target / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match="photos is a folder of something else"):
+        put(64)
+    assert os.listdir(target) == ["cat"]
 
 
 def test_photos_come_from_a_data_set_and_faults_are_named(signs, tmp_path, passed_on, capsys):
