@@ -5,7 +5,6 @@ from . import images as images
 from .datasets import load_dataset as load_dataset
 from .export import export as export
 from .models import TNT as TNT
-from .models import VARIANTS as VARIANTS
 from .models import DeiT as DeiT
 from .models import ViT as ViT
 from .models import features as features
@@ -18,6 +17,7 @@ from .saving import save_weights as save_weights
 from .tnt import PixelEmbedding as PixelEmbedding
 from .tnt import TNTBlock as TNTBlock
 from .tnt import WordsToPatch as WordsToPatch
+from .variants import VARIANTS as VARIANTS
 from .vit import MLP as MLP
 from .vit import Attention as Attention
 from .vit import AttentionPooling as AttentionPooling

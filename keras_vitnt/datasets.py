@@ -108,7 +108,7 @@ def read_embedded():
 def read_folder(root):
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder at {root}.")
-    names = [folder.name for folder in visible(root) if folder.is_dir()]
+    names = [folder.name for folder in class_folders(root)]
     held_out = next((name for name in VALIDATION_FOLDERS if name in names), None)
     if "train" in names and held_out:
         train, classes = read_class_folders(root / "train")
@@ -127,8 +127,12 @@ def visible(folder):
     return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
 
+def class_folders(root):
+    return [path for path in visible(root) if path.is_dir()]
+
+
 def read_class_folders(root):
-    classes = [folder for folder in visible(root) if folder.is_dir()]
+    classes = class_folders(root)
     paths, labels = [], []
     for label, folder in enumerate(classes):
         files = visible(folder)  # folders and links to nowhere, too: `decode_all` names them

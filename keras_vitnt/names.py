@@ -3,7 +3,8 @@
 import difflib
 import re
 
-from .models import TNT, VARIANTS, DeiT, ViT
+from .models import TNT, DeiT, ViT
+from .variants import VARIANTS
 
 FAMILIES = {"vit": ViT, "deit": DeiT, "tnt": TNT}
 # Behind a name: what a family comes as, too.

@@ -10,6 +10,7 @@ import numpy as np
 from . import fitting, images, models, schemes, weights
 from .checkpoints import open_checkpoint
 from .names import parse_name
+from .variants import VARIANTS
 
 # Published preprocessing where a checkpoint's configuration says nothing (timm's values; for
 # torchvision its own): mean and std, crop, interpolation.
@@ -47,7 +48,7 @@ def named_variant(names):
         builder, variant, _ = parse_name(names.checkpoint.config.get("architecture"))
     except ValueError:
         return {}
-    return models.VARIANTS[builder.__name__][variant.split("/")[0]]
+    return VARIANTS[builder.__name__][variant.split("/")[0]]
 
 
 def head_count(names, path, kind, dim, overrides):
@@ -68,7 +69,7 @@ def head_count(names, path, kind, dim, overrides):
         return named_variant(names)[option], f"the architecture {config['architecture']!r}"
     width = {"outer": "dim", "inner": "inner_dim"}[kind]
     group = "TNT" if family(names) == "TNT" else "ViT"
-    for size in models.VARIANTS[group].values():
+    for size in VARIANTS[group].values():
         if size[width] == dim:
             return size[option], f"the rule of {group} for a width of {dim}"
     if group == "ViT" and dim % 64 == 0:

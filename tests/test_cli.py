@@ -10,7 +10,7 @@ from helpers import weights_file
 from PIL import Image
 from test_datasets import write_photos
 
-from keras_vitnt import cli, commands, datasets, explain, images, models, names
+from keras_vitnt import cli, commands, datasets, explain, images, models, names, variants
 from keras_vitnt.gate import open_model
 from keras_vitnt.sources import Source
 
@@ -31,7 +31,7 @@ def photos(tmp_path_factory):
 @pytest.fixture
 def shallow(monkeypatch):
     """The default model with one block: the tests of the command need no more."""
-    monkeypatch.setitem(models.VARIANTS["TNT"]["Nano"], "depth", 1)
+    monkeypatch.setitem(variants.VARIANTS["TNT"]["Nano"], "depth", 1)
 
 
 def test_train_leaves_every_file_and_predicts(photos, shallow, tmp_path, monkeypatch, capsys):
@@ -362,13 +362,18 @@ def test_other_classes_are_not_scored(photos, tmp_path, monkeypatch, capsys):
         run(monkeypatch, "evaluate", tmp_path, "--data", f"folder:{photos}")
     expected = "The model knows the classes a, b, c, d, e, ... (7); "
     assert expected in capsys.readouterr().err
-    data = ["--photos", f"folder:{photos}", "--quantize", "int8-static"]
-    # Options come first in usage lines, so none may swallow the two paths.
-    data += ["--keep-float", "stem,head"]
-    run(monkeypatch, "export", *data, tmp_path, tmp_path / "x.tflite")
+    data = ["--photos", f"folder:{photos}"]
+    run(monkeypatch, "export", tmp_path, tmp_path / "x.tflite", *data, "--quantize", "int8-static")
     found = capsys.readouterr().out
     assert expected in found and "Compared without accuracy" in found
-    assert "In float: stem, head" in found and cli.part_names("none") == []
+
+
+def test_no_option_swallows_the_paths_behind_it():
+    """Usage lines name options first."""
+    for given, parts in (("stem,head", ["stem", "head"]), ("none", [])):
+        line = ["export", "--keep-float", given, "run", "x.tflite"]
+        found = cli.parser().parse_args(line)
+        assert (found.keep_float, found.model, found.output.name) == (parts, "run", "x.tflite")
 
 
 def test_training_and_calibration_need_photos_of_the_training_part(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import REFERENCE, forward, numpy
 
-from keras_vitnt import benchmark, models, names, positions
+from keras_vitnt import benchmark, models, names, positions, variants
 
 # Exact counts: Google's models_test.py and timm (ViT, DeiT, TNT S and B), the papers' arithmetic
 # (TNT Ti, legacy Ti and B); ours (Nano: 32 x 32 pixels, 10 classes).
@@ -106,7 +106,7 @@ def test_parameter_counts_are_exact_and_complete():
         if cost:
             assert benchmark.multiply_adds(model) / 1e9 == pytest.approx(cost, rel=0.01)
     assert counts == PARAMETERS
-    named = {(family, size) for family, sizes in models.VARIANTS.items() for size in sizes}
+    named = {(family, size) for family, sizes in variants.VARIANTS.items() for size in sizes}
     assert {(key[0], key[1].split("/")[0]) for key in PARAMETERS} == named
 
 
