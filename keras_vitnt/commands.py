@@ -149,6 +149,8 @@ def train(arguments):
     backup.mkdir(parents=True, exist_ok=True)  # Keras removes it when the training is complete
     (backup / "options.json").write_text(json.dumps(options_of(arguments), indent=2) + "\n")
     print(f"Training {arguments.epochs} epochs on {keras.backend.backend()}; Ctrl-C stops early")
+    metrics = folder / "metrics.json"  # of the part that was stopped
+    before = json.loads(metrics.read_text())["training_seconds"] if metrics.exists() else 0
     start = time.perf_counter()
     whole = training.fit(
         model,
@@ -159,7 +161,7 @@ def train(arguments):
         arguments.seed,
         verbose=1 if sys.stdout.isatty() else 2,
     )
-    seconds = time.perf_counter() - start
+    seconds = before + time.perf_counter() - start
     if not whole:
         print("\nStopped. Keeping what was learned; `--resume` goes on from the last whole epoch.")
     record = {

@@ -111,6 +111,7 @@ def read_folder(root):
     names = [folder.name for folder in class_folders(root)]
     held_out = next((name for name in VALIDATION_FOLDERS if name in names), None)
     if "train" in names and held_out:
+        say_unused(root, ("train", held_out))
         train, classes = read_class_folders(root / "train")
         validation, other = read_class_folders(root / held_out)
         if classes != other:
@@ -119,7 +120,10 @@ def read_folder(root):
                 f"{', '.join(other)}. Both need the same folders."
             )
         return train, validation, classes
-    train, classes = read_class_folders(root / "train" if names == ["train"] else root)
+    if names == ["train"]:
+        say_unused(root, names)
+        root = root / "train"
+    train, classes = read_class_folders(root)
     return train, None, classes
 
 
@@ -131,8 +135,17 @@ def class_folders(root):
     return [path for path in visible(root) if path.is_dir()]
 
 
+def say_unused(root, used):
+    """Count and name what stands beside the folders that are `used`."""
+    left = [path.name for path in visible(root) if path.name not in used]
+    if left:
+        more = ", ..." if len(left) > 5 else ""
+        print(f"Not used of {root}: {len(left)} ({', '.join(left[:5])}{more})")
+
+
 def read_class_folders(root):
     classes = class_folders(root)
+    say_unused(root, [folder.name for folder in classes])
     paths, labels = [], []
     for label, folder in enumerate(classes):
         files = visible(folder)  # folders and links to nowhere, too: `decode_all` names them

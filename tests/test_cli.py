@@ -174,7 +174,8 @@ def test_interrupted_training_keeps_a_state_to_resume(
     seen = []
 
     def finish(model, validation, originals, classes, folder, record):
-        seen.append(record["interrupted"])
+        seen.append((record["interrupted"], record["training_seconds"]))
+        (folder / "metrics.json").write_text(json.dumps({"training_seconds": 100.0}))
 
     def stop_in_second_epoch(self, epoch, logs=None):
         if epoch == 1:
@@ -189,8 +190,10 @@ def test_interrupted_training_keeps_a_state_to_resume(
         run(monkeypatch, *train, "--resume", "--lr", 0.5)
     assert "--lr was None, is 0.5" in capsys.readouterr().err
     run(monkeypatch, *train, "--resume")
-    assert seen == [True, False] and not (output / "backup").exists()
     run(monkeypatch, *train[:-1], tmp_path / "whole")  # the same without a stop
+    interrupted, seconds = zip(*seen)
+    assert interrupted == (True, False, False) and not (output / "backup").exists()
+    assert seconds[1] > 100 > max(seconds[0], seconds[2])  # with the interrupted part's
     resumed, whole = (
         np.genfromtxt(folder / "history.csv", delimiter=",", skip_header=1)
         for folder in (output, tmp_path / "whole")

@@ -78,6 +78,25 @@ def test_subfolders_and_links_are_followed_or_named(tmp_path):
         datasets.decode_all(photos, images.Preprocessing((16, 16)))
 
 
+def test_what_stands_beside_the_folders_is_counted_and_named(tmp_path, capsys):
+    for part in ("train", "val", "test"):
+        for label in ("cat", "dog"):
+            write_photos(tmp_path / part / label, ["a.png", "b.png"])
+    for i in range(6):
+        shutil.copy(tmp_path / "val" / "cat" / "a.png", tmp_path / "val" / f"{i}.png")
+    (tmp_path / ".hidden").write_text("")
+    datasets.load_dataset(f"folder:{tmp_path}")
+    assert capsys.readouterr().out.splitlines() == [
+        f"Not used of {tmp_path}: 1 (test)",
+        f"Not used of {tmp_path}/val: 6 (0.png, 1.png, 2.png, 3.png, 4.png, ...)",
+    ]
+    for part in ("val", "test"):
+        shutil.rmtree(tmp_path / part)
+    (tmp_path / "labels.csv").write_text("")
+    datasets.load_dataset(f"folder:{tmp_path}")
+    assert capsys.readouterr().out == f"Not used of {tmp_path}: 1 (labels.csv)\n"
+
+
 def test_strange_files_are_no_part_of_the_validation(tmp_path):
     for label in ("cat", "dog"):
         write_photos(tmp_path / label, ["a.png", "b.png"])
