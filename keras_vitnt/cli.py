@@ -81,12 +81,12 @@ def parser():
         "--image-size", type=image_size, help="SIDE or HEIGHTxWIDTH (default: the model's, or 32)"
     )
     new.add_argument(
-        "--lr", type=float, help="peak learning rate (default: 3e-3; 1e-4 with --weights)"
+        "--lr", type=amount, help="peak learning rate (default: 3e-3; 1e-4 with --weights)"
     )
-    new.add_argument("--weight-decay", type=float, default=0.1, help="default: %(default)s")
-    new.add_argument("--drop-path", type=float, default=0.0, help="default: %(default)s")
+    new.add_argument("--weight-decay", type=amount, default=0.1, help="default: %(default)s")
+    new.add_argument("--drop-path", type=share, default=0.0, help="default: %(default)s")
     new.add_argument(
-        "--augment", type=float, default=1.0, help="strength, 0 for none (default: %(default)s)"
+        "--augment", type=amount, default=1.0, help="strength, 0 for none (default: %(default)s)"
     )
     new.add_argument("--flip", action="store_true", help="mirror half of the photos")
     new.add_argument("--mixed-precision", action="store_true", help="compute in bfloat16")
@@ -238,6 +238,21 @@ def positive(text):
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
     return int(text)
+
+
+def amount(text, limit=float("inf")):
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < limit:
+        below = "" if limit == float("inf") else f" and under {limit}"
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0{below}, got {text!r}")
+    return found
+
+
+def share(text):
+    return amount(text, 1)
 
 
 def part_names(text):

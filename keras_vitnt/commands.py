@@ -138,10 +138,11 @@ def train(arguments):
 
     batches = datasets.Batches(photos, preprocessing, arguments.batch_size, augment, arguments.seed)
     validation = datasets.Batches(held_out, preprocessing, 4 * arguments.batch_size)
+    usual = 1e-4 if arguments.weights else 3e-3
     training.compile_model(
         model,
         arguments.epochs * len(batches),
-        arguments.lr or (1e-4 if arguments.weights else 3e-3),
+        usual if arguments.lr is None else arguments.lr,
         arguments.weight_decay,
     )
     if folder.exists() and not resumes:
@@ -243,7 +244,7 @@ def inspect(arguments):
         table.add_row(name, f"{value:,}" if name == "parameters" else str(value))
     if names:
         table.add_row("names", ", ".join(names[:4]) + (", ..." if len(names) > 4 else ""))
-    Console().print(table)
+    Console(markup=False).print(table)
     actions = Counter(row.action for row in found.rows)
     print(f"{len(found.rows)} variables: {', '.join(f'{n} {a}' for a, n in actions.items())}")
     if arguments.variables:
@@ -256,6 +257,7 @@ def inspect(arguments):
 
 def convert(arguments):
     from rich.console import Console
+    from rich.markup import escape
 
     output = arguments.output
     if output.suffix not in (".keras", ".safetensors"):
@@ -266,7 +268,7 @@ def convert(arguments):
     if output.exists() and not arguments.overwrite:
         raise FileExistsError(f"{output} exists: pass --overwrite, or another name.")
     asked = overrides(arguments)
-    with Console().status(f"Converting {arguments.source} ..."):
+    with Console().status(f"Converting {escape(arguments.source)} ..."):
         model, facts, found = pretrained.load(arguments.source, **asked)
         output.parent.mkdir(parents=True, exist_ok=True)
         expected = images.Preprocessing(**facts["preprocessing"])

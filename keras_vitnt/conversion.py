@@ -355,22 +355,25 @@ def main(work):
     """The whole process, on its folder."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     work = Path(work)
+
+    def refused(message):
+        (work / "refused").write_text(message, "utf-8")
+        raise SystemExit(1)
+
     try:
         model = keras.models.load_model(work / "model.keras", compile=False)
     except TypeError as error:
         cause = re.search(r"Could not locate class '\w+'", str(error))
         cause = cause.group() if cause else gate.first_line(error)
-        (work / "refused").write_text(
+        refused(
             "The conversion process, which has Keras' layers and this package's, cannot open the "
             f"model: {cause}."
         )
-        raise SystemExit(1) from None
     job = json.loads((work / "job.json").read_text())
     with np.load(work / "arrays.npz") as found:
         arrays = dict(found)
     try:
         reports = write_all(model, job, arrays, work)
     except Refused as error:
-        (work / "refused").write_text(str(error))
-        raise SystemExit(1) from None
+        refused(str(error))
     (work / "reports.json").write_text(json.dumps(reports))

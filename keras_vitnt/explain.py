@@ -177,7 +177,7 @@ def picture_attention(model, images, pixels, titles):
     axes = figure.subplots(2, count, squeeze=False)
     for column, (photo, overlay, title) in enumerate(zip(pixels, overlays, titles)):
         axes[0, column].imshow(photo, interpolation="bilinear")
-        axes[0, column].set_title(title, fontsize=10)
+        axes[0, column].set_title(title, fontsize=10, parse_math=False)
         axes[1, column].imshow(photo.mean(axis=-1), cmap="gray", interpolation="bilinear")
         height, width = photo.shape[:2]
         axes[1, column].imshow(

@@ -287,6 +287,7 @@ def convert(work, progress):
         KERAS_BACKEND="tensorflow",
         CUDA_VISIBLE_DEVICES="-1",
         TF_CPP_MIN_LOG_LEVEL="3",
+        PYTHONIOENCODING="utf-8:replace",
         TMPDIR=str(work),  # a killed process cannot clear what it put elsewhere
     )
     command = [sys.executable, "-P", "-c", START, str(work), str(Path(__file__).parents[1])]
@@ -304,7 +305,7 @@ def convert(work, progress):
             process.kill()
     refused = work / "refused"
     if refused.exists():
-        raise RuntimeError(refused.read_text())
+        raise RuntimeError(refused.read_text("utf-8"))
     if failed < 0:
         name = signal.Signals(-failed).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""

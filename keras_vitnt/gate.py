@@ -1,6 +1,8 @@
 """Open an exported file, run it on photos, compare it with Keras, refuse it if a rule is broken."""
 
 import os
+import re
+import tempfile
 import time
 import zipfile
 from collections import Counter
@@ -272,7 +274,12 @@ def open_keras(path):
 def open_saved_model(path):
     import tensorflow as tf
 
-    loaded = tf.saved_model.load(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        if re.search(r"[*?[]", str(path)):  # TensorFlow would read its name as a pattern
+            link = Path(folder) / "model"
+            link.symlink_to(path.absolute())
+            path = link
+        loaded = tf.saved_model.load(str(path))
     _, arguments = loaded.signatures["serving_default"].structured_input_signature
     given = next(iter(arguments.values()))
 

@@ -66,14 +66,15 @@ def decode(source):
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not an image, is truncated or has over 64 million pixels.
+        ValueError: if it is not an image, is truncated, is grey of 32 bits or has over 64 million
+            pixels.
     """
     from PIL import Image, ImageOps
 
     name = "the image"
     if isinstance(source, np.ndarray):
         grey = source.ndim == 3 and source.shape[2] == 1
-        return Image.fromarray(source[..., 0] if grey else source).convert("RGB")
+        return eight_bits(Image.fromarray(source[..., 0] if grey else source)).convert("RGB")
     if isinstance(source, str | Path):
         name = str(source)
         if not Path(source).is_file():
@@ -84,10 +85,25 @@ def decode(source):
         image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source))
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS}")
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except Exception as error:  # PIL's decoders raise a dozen kinds
         reason = "not an image" if "cannot identify" in str(error) else error
         raise ValueError(f"{name} cannot be read: {reason}") from error
+
+
+def eight_bits(image):
+    """Grey of 16 bits as grey of 8: PIL's own conversion makes white of all above 255.
+
+    Raises:
+        ValueError: for grey of 32 bits, of which nobody knows the number that is white.
+    """
+    from PIL import Image
+
+    if image.mode in ("I", "F"):
+        raise ValueError("grey of 32 bits, whose range is unknown; save it in 8 or 16")
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) / 257).round().astype("uint8"))
 
 
 def is_image(source):

@@ -43,8 +43,9 @@ def picture_confusion(matrix, names):
             if count:
                 color = "white" if shares[row, column] > 0.5 else "black"
                 axis.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
-        axis.set_xticks(range(len(names)), names, rotation=45 if max(map(len, names)) > 2 else 0)
-        axis.set_yticks(range(len(names)), names)
+        turned = 45 if max(map(len, names)) > 2 else 0
+        axis.set_xticks(range(len(names)), names, rotation=turned, parse_math=False)
+        axis.set_yticks(range(len(names)), names, parse_math=False)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     right = np.trace(matrix)

@@ -18,7 +18,7 @@ def finish(model, validation, originals, classes, folder, record):
     `originals` has the validation photos at full size, for the pictures: {name: source}.
     """
     labels = validation.photos.labels
-    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in classes))
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in classes), "utf-8")
     predicted = model.predict(validation, verbose=0).argmax(-1)
     record["validation_accuracy"] = float((predicted == labels).mean())
     copy(model).save(folder / "model.keras")

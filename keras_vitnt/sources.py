@@ -47,7 +47,7 @@ def recorded(file):
     if record == own:
         return Source(preprocessing, found.get("names"))
     labels = file.parent / "labels.txt"
-    names = labels.read_text().rstrip("\n").splitlines() if labels.is_file() else None
+    names = labels.read_text("utf-8").rstrip("\n").splitlines() if labels.is_file() else None
     return Source(preprocessing, names, found.get("data"), found.get("data_dir"))
 
 

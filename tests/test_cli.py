@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import keras
 import numpy as np
@@ -35,7 +36,10 @@ def shallow(monkeypatch):
 
 
 def test_train_leaves_every_file_and_predicts(photos, shallow, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "run"
+    photos = shutil.copytree(photos, tmp_path / "photos")
+    odd = "[i] $_$ ü"  # to rich, matplotlib and TensorFlow more than a name
+    (photos / "dog").rename(photos / odd)
+    output = tmp_path / f"run {odd}"
     train = ["train", "--data", f"folder:{photos}", "--model", "tnt:Nano/8", "--epochs", 2]
     run(monkeypatch, *train, "--image-size", "16x24", "--batch-size", 8, "--output", output)
     expected = "attention.png confusion.png curves.png history.csv labels.txt metrics.json"
@@ -46,7 +50,7 @@ def test_train_leaves_every_file_and_predicts(photos, shallow, tmp_path, monkeyp
     for name in ("saved_model", "model.tflite"):
         found = record["files"][name]
         assert found["max_difference"] <= 1e-4 * max(1, found["largest_logit"])
-    assert (output / "labels.txt").read_text() == "cat\ndog\n"
+    assert (output / "labels.txt").read_text("utf-8") == f"{odd}\ncat\n"
     assert "validation accuracy" in capsys.readouterr().out
 
     answers = []
@@ -87,6 +91,9 @@ BAD = {
     "absent weights": (["train", "--weights", "absent.npz"], "no checkpoint at absent.npz"),
     "absent model": (["predict", "absent.keras", "x.png"], "no model at absent.keras"),
     "no option": (["shapes", "vit:B/16", "--batch", "0"], "positive whole number"),
+    "negative rate": (["train", "--lr", "-1"], "number of at least 0, got '-1'"),
+    "no number": (["train", "--augment", "nan"], "number of at least 0, got 'nan'"),
+    "no share": (["train", "--drop-path", "1"], "at least 0 and under 1, got '1'"),
 }
 
 

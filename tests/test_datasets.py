@@ -183,6 +183,17 @@ def test_fit_is_resize_and_crop(preprocessing, resized, box):
     np.testing.assert_array_equal(images.fit(photo, preprocessing), expected)
 
 
+@pytest.mark.parametrize("name", ["grey.png", "grey.tiff"])
+def test_grey_of_sixteen_bits_is_that_of_eight(tmp_path, name):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16), "uint8")
+    Image.fromarray(pixels.astype("uint16") * 257).save(tmp_path / name)
+    for source in (tmp_path / name, pixels.astype("uint16") * 257):
+        np.testing.assert_array_equal(np.asarray(images.decode(source))[..., 0], pixels)
+    Image.fromarray(pixels.astype("float32")).save(tmp_path / "grey.tiff")
+    with pytest.raises(ValueError, match="grey.tiff cannot be read: grey of 32 bits"):
+        images.decode(tmp_path / "grey.tiff")
+
+
 def test_load_equals_pil_resize_and_crop():
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), "uint8"))
     pixels = images.fit(photo, images.Preprocessing((30, 30)))
