@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import shutil
 import sys
 import time
 from collections import Counter
@@ -12,11 +11,10 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from . import benchmark, datasets, explain, images, models, pretrained, report, training
+from . import benchmark, datasets, explain, images, models, pretrained, report, runs, training
 from .conversion import size_of
 from .export import export
 from .names import create_model, listed, parse_name, timm_names
-from .runs import finish
 from .saving import save_weights
 from .sources import open_function, other_classes, recorded, relabelled
 from .weights import load_weights
@@ -110,8 +108,10 @@ def train(arguments):
         raise FileNotFoundError(f"There is no interrupted run in {folder} to resume.")
     if resumes:
         check_same(arguments, backup / "options.json")
-    if folder.exists() and not (arguments.overwrite or resumes):
-        raise FileExistsError(f"{folder} exists: pass --overwrite, or another --output.")
+    if folder.exists() and not resumes:
+        if not arguments.overwrite:
+            raise FileExistsError(f"{folder} exists: pass --overwrite, or another --output.")
+        runs.check_replaces(folder)
 
     # Model, data and weights are checked before anything slow, or written, begins.
     build, preprocessing = architecture(arguments, label)
@@ -145,8 +145,8 @@ def train(arguments):
         usual if arguments.lr is None else arguments.lr,
         arguments.weight_decay,
     )
-    if folder.exists() and not resumes:
-        shutil.rmtree(folder)
+    if not resumes:
+        runs.clear(folder)
     backup.mkdir(parents=True, exist_ok=True)  # Keras removes it when the training is complete
     (backup / "options.json").write_text(json.dumps(options_of(arguments), indent=2) + "\n")
     print(f"Training {arguments.epochs} epochs on {keras.backend.backend()}; Ctrl-C stops early")
@@ -179,7 +179,7 @@ def train(arguments):
         "interrupted": not whole,
         "training_seconds": round(seconds, 1),
     }
-    finish(model, validation, originals, classes, folder, record)
+    runs.finish(model, validation, originals, classes, folder, record)
 
 
 def options_of(arguments):

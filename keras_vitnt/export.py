@@ -115,6 +115,8 @@ def export(
         >>> export(model, "model_int8.tflite", quantize="int8").comparison.agreement
         1.0
     """
+    if not isinstance(model, keras.Model | str | os.PathLike):
+        raise ValueError(f"A keras.Model or where one is stored is expected; got {type(model)}.")
     path = Path(path).expanduser()
     keep_float = keep_float if keep_float is None or isinstance(keep_float, str) else [*keep_float]
     targets = {path: quantize}

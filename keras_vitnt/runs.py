@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 
@@ -9,7 +10,41 @@ from . import explain, images, report, sources
 from .export import copy, export_all
 
 PICTURES = ("curves.png", "confusion.png", "attention.png")
+EXPORTS = {"saved_model": None, "model.tflite": None, "model_int8.tflite": "int8"}
+# All that a run leaves in its folder; `backup` until the training is complete.
+LEFT = ("backup", "history.csv", "labels.txt", "metrics.json", "model.keras", *PICTURES, *EXPORTS)
+LEFT += tuple(f"{name}.json" for name in EXPORTS)
 COMPARED = 2000  # photos that the files are run on, at most
+
+
+def check_replaces(folder):
+    """Refuse to train where something else stands than a run's folder or an empty one.
+
+    Raises:
+        FileExistsError: then.
+    """
+    empty = folder.is_dir() and not any(folder.iterdir())
+    backup = folder / "backup"  # another one's would be taken for the training's, and removed
+    begun = (backup / "options.json").is_file()
+    if not empty and not begun and (backup.exists() or not is_complete(folder)):
+        raise FileExistsError(f"{folder} is no run's folder and is not replaced: name another one.")
+
+
+def is_complete(folder):
+    """Whether a training that ended left its figures here."""
+    try:
+        return "validation_accuracy" in json.loads((folder / "metrics.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def clear(folder):
+    """Remove what a run left in its folder, and nothing else."""
+    for path in (folder / name for name in LEFT):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def finish(model, validation, originals, classes, folder, record):
@@ -22,17 +57,16 @@ def finish(model, validation, originals, classes, folder, record):
     predicted = model.predict(validation, verbose=0).argmax(-1)
     record["validation_accuracy"] = float((predicted == labels).mean())
     copy(model).save(folder / "model.keras")
-    draw(model, validation, originals, classes, predicted, folder)
 
     def write():
         (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
 
     write()  # before the files: what was trained is kept even if one of them is refused
-    files = {"saved_model": None, "model.tflite": None, "model_int8.tflite": "int8"}
+    draw(model, validation, originals, classes, predicted, folder)
     shown = sources.evenly(len(labels), COMPARED)
     found = export_all(
         model,
-        {folder / name: kind for name, kind in files.items()},
+        {folder / name: kind for name, kind in EXPORTS.items()},
         preprocessing=validation.preprocessing,
         names=classes,
         photos=np.stack([validation.pixels(i) for i in shown]),

@@ -24,8 +24,8 @@ def save_weights(model, path, names="timm", preprocessing=None):
         The names written -> their shapes.
 
     Raises:
-        ValueError: for an unknown `names`, another suffix, or a model with variables for which
-            the other implementation has no place; they are named.
+        ValueError: for an unknown `names`, another suffix, a model of others, or one with
+            variables for which the other implementation has no place; they are named.
 
     Example:
         >>> save_weights(TNT("S/16"), "tnt_s.safetensors")
@@ -35,11 +35,15 @@ def save_weights(model, path, names="timm", preprocessing=None):
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"Weights are written as .safetensors; got {path}.")
-    is_tnt = any(layer.name == "pixels" for layer in model.layers)
+    layers = {layer.name for layer in model.layers}
+    if not {"encoder", "block00"} <= layers:
+        raise ValueError(
+            f"Only a ViT, DeiT or TNT of this package is expected; got {model.name!r}."
+        )
+    is_tnt = "pixels" in layers
     tables = {"timm": TIMM_TNT if is_tnt else TIMM_VIT}
     if not is_tnt:  # a model with a head has no pooler there
         tables["huggingface"] = {k: v for k, v in HUGGING_FACE.items() if k != "pre_logits"}
-    heads = [layer.name for layer in model.layers if layer.name.startswith("head")]
     if names not in tables:
         raise ValueError(f"`names` must be one of {', '.join(tables)} here; got {names!r}.")
     scheme = Scheme(names, "", tables[names], TORCH_LEAVES)
@@ -63,7 +67,7 @@ def save_weights(model, path, names="timm", preprocessing=None):
     if homeless:
         raise ValueError(f"{names} has no place for {', '.join(homeless)} of {model.name!r}.")
     if names == "huggingface":
-        if not (encoder.has_class_token and encoder.prefix_positions) or "head" not in heads:
+        if not (encoder.has_class_token and encoder.prefix_positions) or "head" not in layers:
             raise ValueError(
                 "transformers' ViT has a class token with a position of its own and a head; "
                 f"{model.name!r} has not."

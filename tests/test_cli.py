@@ -11,7 +11,7 @@ from helpers import weights_file
 from PIL import Image
 from test_datasets import write_photos
 
-from keras_vitnt import cli, commands, datasets, explain, images, models, names, variants
+from keras_vitnt import cli, commands, datasets, explain, images, models, names, runs, variants
 from keras_vitnt.gate import open_model
 from keras_vitnt.sources import Source
 
@@ -65,6 +65,32 @@ def test_train_leaves_every_file_and_predicts(photos, shallow, tmp_path, monkeyp
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *train, "--output", output)
     assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
+
+
+def test_only_what_a_run_left_is_replaced(photos, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    train = ["train", "--data", f"folder:{photos}", "--epochs", 1, "--image-size", 16]
+    train += ["--model", "vit:Nano/8", "--overwrite", "--output", output]
+    monkeypatch.setattr(runs, "export_all", lambda *args, **options: [])
+    monkeypatch.setattr(runs.report, "print_exports", lambda *args: None)
+    output.mkdir()
+    run(monkeypatch, *train)  # an empty folder is as good as none
+    (output / "notes.txt").write_text("mine")
+    (output / "saved_model").mkdir()
+    first = (output / "metrics.json").read_text()
+    run(monkeypatch, *train, "--seed", 1)
+    assert (output / "metrics.json").read_text() != first
+    assert (output / "notes.txt").read_text() == "mine" and not (output / "saved_model").exists()
+    (output / "backup").mkdir()
+    (tmp_path / "file").write_text("mine")
+    capsys.readouterr()
+    for other in (output, tmp_path, tmp_path / "file"):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, *train[:-1], other)
+        assert stop.value.code == 2
+        assert "no run's folder and is not replaced" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_grey_model_is_exported_and_used(photos, tmp_path, monkeypatch, capsys):
@@ -150,9 +176,7 @@ def test_a_checkpoint_is_inspected_and_converted(tmp_path, monkeypatch, capsys):
 def test_training_starts_from_a_checkpoint(photos, tmp_path, monkeypatch, capsys):
     """Without --model the checkpoint says which; size and preprocessing are its own."""
     kept = []
-    monkeypatch.setattr(
-        commands, "finish", lambda model, batches, *rest: kept.append((model, batches))
-    )
+    monkeypatch.setattr(runs, "finish", lambda model, batches, *rest: kept.append((model, batches)))
     source = weights_file("timm_deit_distilled")
     train = ["train", "--weights", source, "--data", f"folder:{photos}", "--epochs", 1]
     run(monkeypatch, *train, "--output", tmp_path / "run")
@@ -188,7 +212,7 @@ def test_interrupted_training_keeps_a_state_to_resume(
         if epoch == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "finish", finish)
+    monkeypatch.setattr(runs, "finish", finish)
     with monkeypatch.context() as patch:
         patch.setattr(keras.callbacks.CSVLogger, "on_epoch_begin", stop_in_second_epoch)
         run(monkeypatch, *train)

@@ -209,6 +209,7 @@ def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
     loaded = models.ViT(**VIT)
     loaded.get_layer("block00").mlp.fc1.enable_lora(2)
     wrong = [
+        (model.layers[1], "x.tflite", {}, "keras.Model or where .*got <class .*Patches'>"),
         (both, "saved_model", {}, "one input and one output.*has 1 and 2"),
         (keras.Sequential([keras.layers.Flatten()]), "saved_model", {}, "has 0 and 0"),
         (unsized, "saved_model", {}, r"of one size.*\(None, None, 3\)"),
