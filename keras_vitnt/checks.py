@@ -11,6 +11,9 @@ from . import edge, images, quantize
 from .gate import format_of
 
 SUFFIXES = (".tflite", ".onnx", ".keras")
+# What TensorFlow and Keras write into a SavedModel's folder.
+SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "keras_metadata.pb", "variables"}
+SAVED_MODEL |= {"assets", "assets.extra", "debug"}
 
 
 def check_targets(
@@ -86,9 +89,11 @@ def check_replaces(folder, form):
     Raises:
         ValueError: if the folder holds something else, or the `gate.format_of` is a file's.
     """
-    names = [path.name for path in folder.iterdir()]
-    if form != "saved_model" or (names and "saved_model.pb" not in names):
-        raise ValueError(f"{folder} is a folder of something else; it is not replaced.")
+    names = {path.name for path in folder.iterdir()}
+    foreign = sorted(names - SAVED_MODEL if "saved_model.pb" in names else names)
+    if form != "saved_model" or foreign:
+        holds = f" ({', '.join(foreign[:3])})" if foreign else ""
+        raise ValueError(f"{folder} is a folder of something else{holds}; it is not replaced.")
 
 
 def is_report(path):

@@ -92,7 +92,9 @@ def parser():
     new.add_argument("--mixed-precision", action="store_true", help="compute in bfloat16")
     new.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     new.add_argument("--output", type=Path, help="folder (default: saved_models/MODEL-DATA)")
-    new.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
+    new.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier run in the output folder"
+    )
     new.add_argument(
         "--resume", action="store_true", help="go on with an interrupted run of these options"
     )

@@ -272,7 +272,11 @@ def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
             export(given, tmp_path / name, **options)
     assert not list(tmp_path.iterdir())
     (tmp_path / "photos" / "a").mkdir(parents=True)
-    with pytest.raises(ValueError, match="photos is a folder of something else"):
+    with pytest.raises(ValueError, match=r"photos is a folder of something else \(a\)"):
+        export(model, tmp_path / "photos")
+    (tmp_path / "photos" / "saved_model.pb").write_text("")
+    (tmp_path / "photos" / "variables").mkdir()
+    with pytest.raises(ValueError, match=r"photos is a folder of something else \(a\)"):
         export(model, tmp_path / "photos")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file is a file; a SavedModel"):
