@@ -53,9 +53,11 @@ class PixelEmbedding(layers.Layer):
         self.layout = layout
         self.positions = positions
         self.word_side = -(-patch_size // pixel_stride)
-        self.pad = layers.ZeroPadding2D(3, dtype=self.dtype_policy, name="pad")
+        # Images are channels-last here, whatever a user's Keras is set to.
+        given = dict(data_format="channels_last", dtype=self.dtype_policy)
+        self.pad = layers.ZeroPadding2D(3, name="pad", **given)
         self.projection = layers.Conv2D(
-            inner_dim, 7, strides=pixel_stride, dtype=self.dtype_policy, name="projection"
+            inner_dim, 7, strides=pixel_stride, name="projection", **given
         )
 
     def build(self, shape):

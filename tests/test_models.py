@@ -273,6 +273,19 @@ def installed_backends():
     return {name for name in ("tensorflow", "jax", "torch") if find_spec(name)}
 
 
+@pytest.mark.parametrize("builder", [models.ViT, models.TNT])
+def test_images_are_channels_last_whatever_keras_is_set_to(builder, request):
+    request.addfinalizer(lambda: keras.config.set_image_data_format("channels_last"))
+    options = dict(input_shape=(16, 24, 3), classes=3, depth=1)
+    usual = builder("Nano/8", **options)
+    keras.config.set_image_data_format("channels_first")
+    other = builder("Nano/8", **options)
+    other.set_weights(usual.get_weights())
+    x = np.random.default_rng(0).normal(size=(1, 16, 24, 3)).astype("float32")
+    found, expected = (numpy(forward(model, x)) for model in (other, usual))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_features_are_maps_of_the_blocks():
     model = models.TNT(**TNT)
     maps = forward(models.features(model, (0, -1)), photos(2))
