@@ -3,6 +3,7 @@
 import json
 import operator
 import re
+from importlib.util import find_spec
 from numbers import Integral
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from . import edge, images, quantize
 from .gate import format_of
 
+ONNX = ("onnxruntime", "tf2onnx")
 SUFFIXES = (".tflite", ".onnx", ".keras")
 # What TensorFlow and Keras write into a SavedModel's folder.
 SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "keras_metadata.pb", "variables"}
@@ -38,7 +40,7 @@ def check_targets(
     if min_agreement is not None and not 0 <= min_agreement <= 1:
         raise ValueError(f"`min_agreement` is a share, 0 to 1, such as 0.99; got {min_agreement}.")
     if max_drop is not None and not max_drop >= 0:
-        raise ValueError(f"`max_drop` is in points, 0 or more, such as 0.1; got {max_drop}.")
+        raise ValueError(f"`max_drop` is in points, 0 or more, such as 0.5; got {max_drop}.")
     if isinstance(keep_float, str):
         raise ValueError(f"`keep_float` is a list of parts, such as ['stem']; got {keep_float!r}.")
     for part in keep_float or []:
@@ -55,6 +57,9 @@ def check_targets(
                 f"Unknown format of {path}: expected a name that ends in .tflite, .onnx or .keras, "
                 "or a folder's name without suffix for a SavedModel."
             )
+        absent = [name for name in ONNX if form == "onnx" and find_spec(name) is None]
+        if absent:
+            raise ModuleNotFoundError(f"{path} needs {absent[0]}: pip install 'keras-vitnt[onnx]'.")
         if path.is_dir():
             check_replaces(path, form)
         if path.is_file() and form == "saved_model":
@@ -84,7 +89,7 @@ def report_of(path):
 
 
 def check_replaces(folder, form):
-    """Refuse to put anything in a folder's place but a SavedModel where one is, or nothing.
+    """Refuse to replace a folder, but by a SavedModel if it is one or empty.
 
     Raises:
         ValueError: if the folder holds something else, or the `gate.format_of` is a file's.
@@ -141,7 +146,14 @@ def fitted(preprocessing, model):
     """The `images.Preprocessing` at a model's size; pixels in -1..1 if none is given."""
     *size, channels = model.input_shape[1:]
     if isinstance(preprocessing, dict):  # as the report beside a file has it
-        preprocessing = images.Preprocessing(**preprocessing)
+        try:
+            preprocessing = images.Preprocessing(**preprocessing)
+        except TypeError as error:
+            raise ValueError(f"`preprocessing`: {error}") from None
+    if not isinstance(preprocessing, images.Preprocessing | None):
+        raise ValueError(
+            f"`preprocessing` is an images.Preprocessing or a dict of one; got {preprocessing!r}."
+        )
     found = images.check(preprocessing or images.symmetric(model.input_shape[1:]))
     if len(found.mean) != channels:
         raise ValueError(

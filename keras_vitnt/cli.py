@@ -209,7 +209,7 @@ def parser():
         "--keep-float",
         type=part_names,
         metavar="PART,...",
-        help="such as stem,block00/mlp, or none (default: TNT's inner layers, if few)",
+        help="such as stem,block00/mlp, or none (default: for int8 TNT's inner layers, if few)",
     )
     new.add_argument(
         "--sensitivity", action="store_true", help="what quantising each part alone does"
@@ -284,8 +284,9 @@ def check_backend(name):
 def main():
     arguments = parser().parse_args()
     for name in ("SIGTERM", "SIGHUP"):  # a scheduler's stop, a closed terminal: as Ctrl-C
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, signal.default_int_handler)
     try:
         check_backend(arguments.backend)
         arguments.function(arguments)

@@ -51,7 +51,8 @@ def decode_photos(parts, preprocessing):
 
 def stem(source):
     """The last part of a path or hub name, without a file's suffix or the revision."""
-    last = source.split("@")[0].strip("/").split("/")[-1]
+    path = source.split("@")[0] if source.startswith("hf:") else source
+    last = path.strip("/").split("/")[-1]
     return re.sub(r"\.(safetensors|npz|pth|pth\.tar|bin|keras|weights\.h5)$", "", last)
 
 
@@ -301,7 +302,7 @@ def evaluate(arguments):
     seconds = time.perf_counter() - start
     if logits.shape[1:] != (len(classes),):
         raise ValueError(
-            f"{arguments.model} gives {logits.shape[1:]} for each photo; {arguments.data} has "
+            f"{arguments.model} gives {logits.shape[1:]} for each photo; {data} has "
             f"{len(classes)} classes."
         )
     right = (logits.argmax(-1) == labels).sum()

@@ -103,12 +103,8 @@ def archive(model, function, spec, folder):
 
 
 def write_onnx(model, path, job):
-    try:
-        import onnxruntime  # noqa: F401  to find out before the work
-        import tf2onnx
-    except ModuleNotFoundError as error:
-        raise Refused(f"{path.name} needs {error.name}: pip install 'keras-vitnt[onnx]'.") from None
     import tensorflow as tf
+    import tf2onnx
 
     def error_function(context, node, name, arguments):
         """ONNX Runtime knows a GELU by 1 + erf(x / c); TensorFlow has erf(x * c) or erfc(-x * c).

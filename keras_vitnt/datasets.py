@@ -14,7 +14,7 @@ import numpy as np
 
 from . import images
 
-# Decoded photos stay in memory up to this size; beyond it they are decoded anew each epoch.
+# Decoded photos of a part stay in memory up to this size; beyond it they are decoded each epoch.
 CACHE_BYTES = 2 * 1024**3
 VALIDATION_FOLDERS = ("validation", "val", "valid", "test")
 
@@ -63,7 +63,7 @@ def load_dataset(name="embedded", data_dir=None):
     if kind == "embedded" and not argument:
         train, validation, classes = read_embedded()
     elif kind == "folder" and argument:
-        train, validation, classes = read_folder(Path(argument))
+        train, validation, classes = read_folder(Path(argument).expanduser())
     elif kind == "tfds" and argument:
         train, validation, classes = read_tfds(argument, data_dir)
     else:
@@ -198,13 +198,14 @@ def read_tfds(name, data_dir):
     return read("train"), read(held_out) if held_out else None, list(classes)
 
 
-def decode_all(photos, preprocessing, progress=None):
+def decode_all(photos, preprocessing, progress=None, whole=True):
     """Decode every photo once, as the model sees it; leave out those that cannot be read.
 
     Args:
         photos: a `Photos`.
         preprocessing: an `images.Preprocessing`.
         progress: called after each photo, or None.
+        whole: False if these are a few of the photos, of which a class may lose all.
 
     Returns:
         (photos, faults): the readable photos, decoded to uint8 arrays as far as
@@ -236,7 +237,7 @@ def decode_all(photos, preprocessing, progress=None):
         raise ValueError(
             f"{len(faults)} of {len(results)} files cannot be read as images, such as: {faults[0]}"
         )
-    for label in set(photos.labels) - set(photos.labels[good]):
+    for label in set(photos.labels) - set(photos.labels[good]) if whole else ():
         fault = results[np.flatnonzero(photos.labels == label)[0]][1]
         raise ValueError(f"A class has no readable photo left: {fault}")
     return photos._replace(sources=[source for source, _ in results]).take(good), faults

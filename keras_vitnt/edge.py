@@ -44,7 +44,7 @@ from .edge_vit import (
     vit_blocks,
     vit_stem,
 )
-from .tnt import PixelEmbedding, TNTBlock, WordsToPatch
+from .tnt import PixelEmbedding, TNTBlock, WordsToPatch, blocks
 from .vit import AttentionPooling, PatchEncoder, Patches, TokenPooling, TransformerBlock
 
 # The parts of the network whose operations carry their name, as a pattern.
@@ -70,13 +70,13 @@ def lean(model, mean_std=None, panels=False):
     """
     check(model)
     layers = {layer.name: layer for layer in model.layers}
-    blocks = blocks_of(model)
+    rows = blocks_of(model)
     if "pixels" in layers:
         stem = tnt_stem(layers, mean_std)
-        body = tnt_blocks(blocks, panels, layers["encoder"].num_prefix_tokens)
+        body = tnt_blocks(rows, panels, layers["encoder"].num_prefix_tokens)
     else:
         stem = vit_stem(layers, mean_std)
-        body = vit_blocks(blocks, panels)
+        body = vit_blocks(rows, panels)
     head = top(layers)
 
     def function(images):
@@ -154,9 +154,9 @@ def activation_of(layers):
 
 def blocks_of(model):
     """[(block, how many leading rows of each image are read of it; None: all)]."""
+    *others, last = blocks(model)
     layers = {layer.name: layer for layer in model.layers}
-    blocks = [layer for name, layer in layers.items() if name.startswith("block")]
-    return [(block, None) for block in blocks[:-1]] + [(blocks[-1], rows_read(layers))]
+    return [(block, None) for block in others] + [(last, rows_read(layers))]
 
 
 def has_panels(model):

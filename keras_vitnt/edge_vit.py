@@ -218,7 +218,7 @@ def attention_numbers(layer, norm, scale):
 def rows_of_heads(y, heads):
     """A row for each token of each head: (B, T, h * d) -> (B * h, T, d).
 
-    But for the last reshape, XNNPACK would transpose what stands right in a product once more.
+    The last reshape, to rank 3, saves a transposition that XNNPACK else makes of a right factor.
     """
     import tensorflow as tf
 
@@ -268,8 +268,9 @@ def attention_in_panels(layer, norm, scale):
 def attention_of_few(layer, norm, scale, rows):
     """As `attention` of the `rows` leading rows of each image; without keys and values.
 
-    Each head's query takes the keys' weights to the tokens, and what it sums of these the values'
-    weights back: q K' = (q Wk') x', s V = (s x) Wv.
+    Queries are multiplied by the keys' weights and then compared with the tokens themselves; the
+    weighted sums of tokens are multiplied by the values' weights: q K' = (q Wk') x' and
+    s V = (s x) Wv.
     """
     heads = layer.num_heads
     query, key, value, after = attention_numbers(layer, norm, scale)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import keras
@@ -32,7 +32,8 @@ from .conversion import ExportReport
 from .gate import format_of
 from .vit import PatchEncoder, check_divisible
 
-PHOTOS = 500  # of the validation part; enough to see a fifth of a point
+PHOTOS = 500  # of the validation part, of which one is a fifth of a point
+MANY = 2000  # where `max_drop` asks for less than that
 CALIBRATION = 64  # of the training part
 # What the conversion process runs: this package's, not another one that is installed.
 START = """
@@ -91,7 +92,8 @@ def export(
         preprocessing: `images.Preprocessing`, or a dict of it; None for pixels in -1..1.
         names: of the classes, a list of str, for the report and messages.
         photos: uint8 (P, H, W, C) to compare on, or "embedded", "folder:PATH" or "tfds:NAME" for
-            the validation photos there; None for those of a run, else for some embedded ones.
+            the validation photos there; None for those of a run, else for eight embedded ones. Of
+            validation photos 500 are taken, with `max_drop` 2,000.
         data_dir: where TensorFlow Datasets keeps its sets.
         labels: int (P,), for the change of accuracy.
         calibration: uint8 (Q, H, W, C) of the training data, for "int8-static".
@@ -108,6 +110,7 @@ def export(
     Raises:
         ValueError: for arguments that do not fit each other or the model.
         FileNotFoundError: if there is no such model or data set.
+        ModuleNotFoundError: if it needs a package that is not installed.
         OSError: if the target cannot be written.
         RuntimeError: if the conversion fails or the gate refuses the file.
 
@@ -147,11 +150,12 @@ def export(
         model = resized(model, image_size)
     source = source._replace(preprocessing=fitted(source.preprocessing, model))
     if isinstance(photos, str):
-        source = source._replace(data=photos, data_dir=data_dir)
+        source = source._replace(data=photos, data_dir=data_dir or source.data_dir)
+    limit = PHOTOS if max_drop is None else MANY
     wanted = CALIBRATION if quantize == "int8-static" and calibration is None else 0
     named = photos is None or isinstance(photos, str)
     if source.data and (named or wanted):
-        found = photos_to_compare(model, source, wanted, asked=isinstance(photos, str))
+        found = photos_to_compare(model, source, limit, wanted, asked=isinstance(photos, str))
         if named:
             photos, labels = found[:2]
         calibration = found[2] if calibration is None else calibration
@@ -169,17 +173,18 @@ def export(
     )[0]
 
 
-def photos_to_compare(model, source, wanted, asked):
+def photos_to_compare(model, source, limit, wanted, asked):
     """Photos of a source's data: (photos, labels or None, `wanted` photos for calibration or None).
 
-    If nobody `asked` for this data and it has moved away, (None, None, None).
+    At most `limit` to compare on. If nobody `asked` for this data and it has moved away, (None,
+    None, None).
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: if it cannot be read and was asked for.
         ValueError: if a run's own data has other classes than the run.
     """
     try:
-        photos, labels, classes, samples, faults = sources.photos_of(source, PHOTOS, wanted)
+        photos, labels, classes, samples, faults = sources.photos_of(source, limit, wanted)
     except (FileNotFoundError, ModuleNotFoundError) as error:
         if wanted or asked:
             raise
@@ -221,7 +226,7 @@ def export_all(
     """
     from rich.console import Console
 
-    targets = {Path(path): kind for path, kind in targets.items()}
+    targets = {Path(path).expanduser(): kind for path, kind in targets.items()}
     check_targets(targets, graph, **job)
     gate.check_model(model)
     if graph == "lean" and {format_of(path) for path in targets} & {"litert", "onnx"}:
@@ -240,9 +245,7 @@ def export_all(
         folders = []
         for path in places:
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                new = tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-")
-                folders.append(Path(stack.enter_context(new)))
+                folders.append(Path(stack.enter_context(folder_beside(path))))
             except OSError as error:
                 raise OSError(f"Cannot write {path}: {error.strerror}.") from error
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -267,10 +270,10 @@ def export_all(
                 **{**found, "path": path, "comparison": compared, "sensitivity": rows}
             )
             put_in_place(Path(found["path"]), place)
-            beside = report_of(place)
-            new = Path(found["path"]).with_name(beside.name)
-            new.write_text(record(report, preprocessing, names))
-            put_in_place(new, beside)
+            with folder_beside(report_of(place)) as folder:
+                new = Path(folder) / report_of(place).name
+                new.write_text(record(report, preprocessing, names))
+                put_in_place(new, report_of(place))
             reports.append(report)
     return reports
 
@@ -320,19 +323,42 @@ def convert(work, progress):
         raise error
 
 
+@contextmanager
+def folder_beside(path):
+    """A folder for a while where `path` will stand, or a link leads, whose parents are made.
+
+    Parents that are empty in the end go, too.
+    """
+    parent = path.resolve().parent
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as folder:
+            yield folder
+    finally:
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
 def put_in_place(new, path):
     """Give a finished file or folder its final name, in place of what stands there."""
     path = path.resolve()  # where a link to a SavedModel's folder leads
     while True:
-        if path.is_dir():  # no folder can be replaced in one step: the old one goes aside
-            with suppress(FileNotFoundError):
-                check_replaces(path, format_of(new))  # again: by now it may hold something
-                os.replace(path, tempfile.mkdtemp(dir=new.parent))
+        old = Path(tempfile.mkdtemp(dir=new.parent))
         try:
+            if path.is_dir():  # no folder can be replaced in one step: the old one goes aside
+                with suppress(FileNotFoundError):
+                    check_replaces(path, format_of(new))  # again: by now it may hold something
+                    os.replace(path, old)
             return os.replace(new, path)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR):
                 raise  # and not because another export put its folder there just now
+        finally:
+            if not path.exists() and any(old.iterdir()):  # interrupted in between
+                with suppress(OSError):  # another export was faster
+                    os.replace(old, path)
 
 
 def record(report, preprocessing, names):

@@ -123,7 +123,7 @@ def structure(path):
 
     Keys: "operators" {name: count}, "partitions" (of XNNPACK), "whole" (whether the first of these
     is all there is, but for the cast of pixels to float32), "faults" (the rules of structure that
-    are broken: list of str).
+    are broken: list of str); only the last if the interpreter refuses the file.
     """
     from ai_edge_litert import schema_py_generated as schema
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
@@ -209,7 +209,12 @@ def open_model(path):
         "onnx": open_onnx,
         "saved_model": open_saved_model,
     }
-    return opened(openers[kind], path)
+    run, shape, dtype = opened(openers[kind], path)
+    if len(shape) != 3 or not all(isinstance(side, int) for side in shape):
+        raise ValueError(f"{path}: images (H, W, C) of one size are expected; it takes {shape}.")
+    if dtype not in ("float32", "uint8"):
+        raise ValueError(f"{path}: float32 or uint8 is expected; it takes {dtype}.")
+    return run, shape, dtype
 
 
 def opened(opener, path):
@@ -280,11 +285,15 @@ def open_saved_model(path):
             link.symlink_to(path.absolute())
             path = link
         loaded = tf.saved_model.load(str(path))
-    _, arguments = loaded.signatures["serving_default"].structured_input_signature
-    given = next(iter(arguments.values()))
+    serve = loaded.signatures["serving_default"]
+    arguments, outputs = serve.structured_input_signature[1], serve.structured_outputs
+    if len(arguments) != 1 or len(outputs) != 1:
+        raise ValueError(f"it has {len(arguments)} inputs and {len(outputs)} outputs, not one each")
+    ((name, given),) = arguments.items()
 
-    def run(images):
-        return loaded.serve(tf.convert_to_tensor(images)).numpy()
+    def run(images):  # of `loaded`, without which the variables were gone
+        (output,) = loaded.signatures["serving_default"](**{name: tf.constant(images)}).values()
+        return output.numpy()
 
     return (lambda images: in_batches(run, images)), tuple(given.shape[1:]), given.dtype.name
 

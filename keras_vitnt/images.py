@@ -36,7 +36,8 @@ def check(preprocessing):
     """Refuse a `Preprocessing` that is none; it is returned with tuples in place of lists.
 
     Raises:
-        ValueError: for anything but numbers of channels, a share and a known interpolation.
+        ValueError: if `size` is no two numbers, `mean` and `std` are not equally many, a std is 0,
+            `crop` is no share or the interpolation is unknown.
     """
     size, mean, std, crop, interpolation, _ = preprocessing
     try:

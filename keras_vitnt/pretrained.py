@@ -328,7 +328,7 @@ def decode_predictions(logits, top=5, names=None):
     """The most probable classes of each image.
 
     Args:
-        logits: array (B, classes), or probabilities, which are taken as they are.
+        logits: array (B, classes), or probabilities that sum to one, which are taken as they are.
         top: how many.
         names: of the classes; None for ImageNet's 1,000.
 

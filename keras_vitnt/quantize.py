@@ -277,8 +277,8 @@ def sensitivity(path, kind, evaluate, ranges=None, progress=lambda text: None):
 def within(path, kind, rows, drop, limit, keep=(), ranges=None, progress=lambda text: None):
     """A small file that loses no more than `limit` points: (bytes, parts kept in float).
 
-    For a network that loses more with all parts quantised. They are set free from that in the
-    order of the noise they make for the bytes they save, as few as it takes, found by bisection.
+    For a network that loses more with all parts quantised. Parts return to float, those with most
+    noise for each byte saved first, as few as it takes, which bisection finds.
 
     Args:
         path, kind, keep, ranges: as in `quantize`.

@@ -45,15 +45,26 @@ def recorded(file):
             f"({error}): move one of them."
         ) from None
     if record == own:
-        return Source(preprocessing, found.get("names"))
+        of_run = run_that_left(file)
+        data, data_dir = of_run.get("data"), of_run.get("data_dir")
+        return Source(preprocessing, found.get("names"), data, data_dir)
     labels = file.parent / "labels.txt"
     names = labels.read_text("utf-8").rstrip("\n").splitlines() if labels.is_file() else None
     return Source(preprocessing, names, found.get("data"), found.get("data_dir"))
 
 
+def run_that_left(file):
+    """The record of the training whose own export a file is; {} if it is of none."""
+    try:
+        found = json.loads((file.parent / "metrics.json").read_text())
+        return found if file.name in found["files"] else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
 def file_of(name):
     """A run's folder stands for its model."""
-    path = Path(name)
+    path = Path(name).expanduser()
     return path / "model.keras" if (path / "model.keras").is_file() else path
 
 
@@ -98,9 +109,9 @@ def open_keras_model(name, image_size=None):
     return model, recorded(file) or Source(images.symmetric(model.input_shape[1:]))
 
 
-def evenly(items, count):
-    """At most `count` indices of items, spread evenly."""
-    return np.unique(np.linspace(0, items - 1, min(items, count)).round().astype(int))
+def evenly(total, count):
+    """At most `count` of the indices below `total`, spread evenly."""
+    return np.unique(np.linspace(0, total - 1, min(total, count)).round().astype(int))
 
 
 def relabelled(labels, classes, names):
@@ -125,7 +136,7 @@ def other_classes(names, data, classes):
 
 
 def photos_of(source, limit, calibration=0):
-    """Photos of the data that a model was trained on, as its size has them.
+    """Photos of a source's data, as the model's size has them.
 
     Args:
         source: a `Source` with data.
@@ -142,8 +153,9 @@ def photos_of(source, limit, calibration=0):
 
     def decoded(part, count):
         chosen = part.take(evenly(len(part.labels), count))
-        good, faults = datasets.decode_all(chosen, source.preprocessing)
-        return np.stack(good.sources), good.labels, faults
+        good, faults = datasets.decode_all(chosen, source.preprocessing, whole=False)
+        batches = datasets.Batches(good, source.preprocessing)
+        return np.stack([batches.pixels(i) for i in range(len(good.labels))]), good.labels, faults
 
     pixels, labels, faults = decoded(validation, limit)
     labels = relabelled(labels, classes, source.names)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 
 import keras
 import numpy as np
@@ -65,6 +66,15 @@ def test_train_leaves_every_file_and_predicts(photos, shallow, tmp_path, monkeyp
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *train, "--output", output)
     assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
+
+
+def test_nohup_is_kept(monkeypatch, capsys):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run(monkeypatch, "shapes", "vit:Nano/4", "--image-size", 8)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_only_what_a_run_left_is_replaced(photos, tmp_path, monkeypatch, capsys):

@@ -20,7 +20,9 @@ from test_datasets import write_photos
 from test_models import OPTIONS, TNT, VIT, installed_backends, settle
 
 from keras_vitnt import (
+    checks,
     conversion,
+    datasets,
     edge,
     edge_tnt,
     edge_vit,
@@ -30,7 +32,16 @@ from keras_vitnt import (
     models,
     quantize,
 )
-from keras_vitnt.export import export, export_all, put_in_place, real_photos, resized
+from keras_vitnt.export import (
+    export,
+    export_all,
+    folder_beside,
+    put_in_place,
+    real_photos,
+    resized,
+)
+from keras_vitnt.positions import resize, sincos2d
+from keras_vitnt.sources import Source, photos_of, recorded
 
 SIGNS = Path(__file__).parent.parent / "saved_models" / "signs"
 
@@ -179,8 +190,12 @@ def test_another_image_size(positions, tmp_path, passed_on):
     model = settle(models.ViT(**VIT, positions=positions))
     new = resized(model, (16, 12))
     assert new.input_shape == (None, 16, 12, 3)
-    same = resized(new, (16, 12))
-    assert same is new
+    assert resized(new, (16, 12)) is new
+    before, after = model.get_layer("encoder"), new.get_layer("encoder")
+    table = resize(numpy(before.patch_positions(16)), before.grid, after.grid)
+    if positions == "sincos2d":
+        table = sincos2d(*after.grid, 16)
+    np.testing.assert_allclose(numpy(after.patch_positions(16)), table, atol=1e-6)
     export(model, tmp_path / "model.tflite", image_size=(16, 12))
     ((given, options),) = passed_on
     assert options["preprocessing"] == images.Preprocessing((16, 12))
@@ -263,6 +278,8 @@ def test_arguments_that_do_not_fit_leave_nothing(tmp_path):
         (model, "new/..", {}, "Unknown format"),
         (model, "x.tflite", {"preprocessing": {"size": (8, 12), "mean": 0.5}}, "a mean and a std"),
         (model, "x.tflite", {"preprocessing": {"size": (8, 12), "crop": 0}}, "a crop above 0"),
+        (model, "x.tflite", {"preprocessing": {"sizes": (8, 12)}}, "preprocessing.*'sizes'"),
+        (model, "x.tflite", {"preprocessing": (8, 12)}, r"or a dict of one; got \(8, 12\)"),
         (pixels, "x.tflite", {"graph": "plain"}, "takes uint8: give it a float32 input"),
         (keras.Model(model.input, {"a": model.output}), "x.tflite", {}, "not a dict"),
         (loaded, "x.tflite", {}, "such as LoRA's"),
@@ -387,9 +404,17 @@ def test_the_conversion_refuses_a_wrong_graph(kind, tmp_path, monkeypatch):
 
         return call
 
+    def with_another_end(*arguments):
+        import tensorflow as tf
+
+        graph = lean(*arguments)
+        differences = np.linalg.inv(np.triu(np.ones((3, 3), "float32")))
+        return lambda x: tf.cumsum(graph(x) @ differences, 1)
+
     for broken, message in (
         (with_wrong_scale, "float32 LiteRT file is refused: it differs from Keras by"),
         (with_other_operators, "tflite is refused: 2 XNNPACK partitions, not 1"),
+        (with_another_end, "tflite is refused: XNNPACK leaves operators at its beginning or end"),
     ):
         monkeypatch.setattr(edge, "lean", broken)
         with pytest.raises(conversion.Refused, match=message):
@@ -635,7 +660,16 @@ def test_positions_are_narrowed_with_the_stem_of_a_lean_graph(tmp_path):
 
 
 @pytest.mark.conversion
-def test_bisection_finds_the_smallest_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("few", "kept"), [(0.0, []), (1.0, ["block00/inner", "block01/inner"])])
+def test_inner_layers_stay_float_where_they_are_few(few, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "FEW", few)
+    model = settle(models.TNT(**TNT))
+    (report,) = converted(model, ["int8"], tmp_path, real_photos((8, 12, 3)))
+    assert report["kept"] == kept
+
+
+@pytest.mark.conversion
+def test_bisection_finds_the_smallest_file(monkeypatch):
     """Parts whose quantisation loses points: those, and no others, are kept."""
     rows = [quantize.Sensitivity(part, 100, noise, 1.0) for part, noise in zip("abcdef", range(6))]
     rows[5] = quantize.Sensitivity("f", 1000, -3.0, 1.0)  # loudest, but loud for many bytes
@@ -738,6 +772,87 @@ def test_folders_replace_each_other_whoever_comes_first(tmp_path):
     with pytest.raises(ValueError, match="photos is a folder of something else"):
         put(64)
     assert os.listdir(target) == ["cat"]
+
+
+def test_an_interrupted_replacement_leaves_the_old_folder(tmp_path, monkeypatch):
+    target, new = tmp_path / "model", tmp_path / "work" / "model"
+    for folder, text in ((target, "old"), (new, "new")):
+        folder.mkdir(parents=True)
+        (folder / "saved_model.pb").write_text(text)
+    replace = os.replace
+
+    def interrupted(old, path):
+        if old == new:
+            raise KeyboardInterrupt
+        replace(old, path)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        put_in_place(new, target)
+    assert (target / "saved_model.pb").read_text() == "old"
+
+
+def test_a_folder_beside_a_file_leaves_no_parents_and_follows_links(tmp_path):
+    with pytest.raises(ValueError), folder_beside(tmp_path / "a" / "b" / "x.tflite") as folder:
+        assert Path(folder).parent == tmp_path / "a" / "b"
+        raise ValueError
+    assert not list(tmp_path.iterdir())
+    with folder_beside(tmp_path / "a" / "x.tflite"):
+        (tmp_path / "a" / "x.tflite").write_text("")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "x.tflite"]
+    (tmp_path / "link.tflite").symlink_to(tmp_path / "a" / "x.tflite")
+    with folder_beside(tmp_path / "link.tflite") as folder:  # maybe on another file system
+        assert Path(folder).parent == tmp_path / "a"
+
+
+def test_the_runs_own_files_know_its_data(signs):
+    for name in ("model_int8.tflite.json", "other.tflite.json"):
+        (signs / name).write_bytes((SIGNS / "model_int8.tflite.json").read_bytes())
+    own, other = (recorded(signs / name) for name in ("model_int8.tflite", "other.tflite"))
+    assert own.data == "embedded" and own.names == [str(digit) for digit in range(10)]
+    assert other == own._replace(data=None)
+
+
+def test_samples_may_lack_a_class_and_photos_may_stay_encoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "CACHE_BYTES", 0)
+    for label in ("cat", "dog", "emu"):
+        write_photos(tmp_path / label, [f"{i}.png" for i in range(10)])
+    source = Source(images.Preprocessing((8, 12)), None, f"folder:{tmp_path}")
+    for name in datasets.load_dataset(source.data)[1].names:
+        if "cat" in name:  # it still begins as an image does
+            Path(name).write_bytes(Path(name).read_bytes()[:200])
+    pixels, labels, *_, faults = photos_of(source, 6)
+    assert pixels.shape == (4, 8, 12, 3) and labels.tolist() == [1, 1, 2, 2] and len(faults) == 2
+
+
+@pytest.mark.conversion
+def test_foreign_files_are_opened_or_refused_in_a_line(tmp_path):
+    import tensorflow as tf
+
+    def saved(name, shape, function):
+        module = tf.Module()
+        module.scale = tf.Variable(2.0)
+        spec = tf.TensorSpec(shape, tf.float32)
+        given = tf.function(lambda x: function(module.scale * x), input_signature=[spec])
+        tf.saved_model.save(module, str(tmp_path / name), signatures=given)
+        return tmp_path / name
+
+    mean = saved("mean", (None, 8, 12, 3), lambda x: {"y": tf.reduce_mean(x, (1, 2))})
+    found, shape, dtype = gate.open_model(mean)
+    assert (shape, dtype) == ((8, 12, 3), "float32")
+    np.testing.assert_allclose(found(np.ones((20, 8, 12, 3), "float32")), 2)
+    both = saved("both", (None, 8, 12, 3), lambda x: {"y": x, "z": x})
+    with pytest.raises(ValueError, match="both cannot be read: it has 1 inputs and 2 outputs"):
+        gate.open_model(both)
+    flat = saved("flat", (None, 4), lambda x: {"y": x})
+    with pytest.raises(ValueError, match=r"flat: images \(H, W, C\).*it takes \(4,\)"):
+        gate.open_model(flat)
+
+
+def test_a_missing_extra_is_named_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"onnxruntime: pip install 'keras-vitnt\[onnx"):
+        export(models.ViT(**VIT), tmp_path / "x.onnx")
 
 
 def test_photos_come_from_a_data_set_and_faults_are_named(signs, tmp_path, passed_on, capsys):
