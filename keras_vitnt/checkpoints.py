@@ -57,8 +57,7 @@ def open_checkpoint(source):
         FileNotFoundError, ValueError: for a missing, foreign, damaged or unsafe file.
         ImportError: if the extra that reads this kind of file is not installed.
     """
-    named = str(source).startswith("hf:")
-    path = from_hub(source) if named else Path(source).expanduser()
+    path = from_hub(source) if on_hub(source) else Path(source).expanduser()
     if path.is_dir():
         found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
         if not found:
@@ -86,7 +85,11 @@ def is_checkpoint(source):
     """Whether a path or name is one that `open_checkpoint` reads, apart from Keras' own files."""
     names = [suffix for suffix, _ in READERS if suffix not in (".keras", ".weights.h5")]
     folder = any((Path(source).expanduser() / name).is_file() for name in WEIGHT_FILES)
-    return str(source).startswith("hf:") or str(source).endswith(tuple(names)) or folder
+    return on_hub(source) or str(source).endswith(tuple(names)) or folder
+
+
+def on_hub(source):
+    return str(source).startswith("hf:")
 
 
 def beside(path):

@@ -14,8 +14,10 @@ from .gate import format_of
 ONNX = ("onnxruntime", "tf2onnx")
 SUFFIXES = (".tflite", ".onnx", ".keras")
 # What TensorFlow and Keras write into a SavedModel's folder.
-SAVED_MODEL = {"saved_model.pb", "fingerprint.pb", "keras_metadata.pb", "variables"}
-SAVED_MODEL |= {"assets", "assets.extra", "debug"}
+SAVED_MODEL_FILES = {
+    *("saved_model.pb", "fingerprint.pb", "keras_metadata.pb"),
+    *("variables", "assets", "assets.extra", "debug"),
+}
 
 
 def check_targets(
@@ -95,7 +97,7 @@ def check_replaces(folder, form):
         ValueError: if the folder holds something else, or the `gate.format_of` is a file's.
     """
     names = {path.name for path in folder.iterdir()}
-    foreign = sorted(names - SAVED_MODEL if "saved_model.pb" in names else names)
+    foreign = sorted(names - SAVED_MODEL_FILES if "saved_model.pb" in names else names)
     if form != "saved_model" or foreign:
         holds = f" ({', '.join(foreign[:3])})" if foreign else ""
         raise ValueError(f"{folder} is a folder of something else{holds}; it is not replaced.")

@@ -12,11 +12,12 @@ import keras
 import numpy as np
 
 from . import benchmark, datasets, explain, images, models, pretrained, report, runs, training
+from .checkpoints import on_hub
 from .conversion import size_of
 from .export import export
 from .names import create_model, listed, parse_name, timm_names
 from .saving import save_weights
-from .sources import open_function, other_classes, recorded, relabelled
+from .sources import metrics_of, open_function, other_classes, recorded, relabelled
 from .weights import load_weights
 
 # What a resumed training must have in common with its beginning.
@@ -51,7 +52,7 @@ def decode_photos(parts, preprocessing):
 
 def stem(source):
     """The last part of a path or hub name, without a file's suffix or the revision."""
-    path = source.split("@")[0] if source.startswith("hf:") else source
+    path = source.split("@")[0] if on_hub(source) else source
     last = path.strip("/").split("/")[-1]
     return re.sub(r"\.(safetensors|npz|pth|pth\.tar|bin|keras|weights\.h5)$", "", last)
 
@@ -151,8 +152,7 @@ def train(arguments):
     backup.mkdir(parents=True, exist_ok=True)  # Keras removes it when the training is complete
     (backup / "options.json").write_text(json.dumps(options_of(arguments), indent=2) + "\n")
     print(f"Training {arguments.epochs} epochs on {keras.backend.backend()}; Ctrl-C stops early")
-    metrics = folder / "metrics.json"  # of the part that was stopped
-    before = json.loads(metrics.read_text())["training_seconds"] if metrics.exists() else 0
+    before = metrics_of(folder).get("training_seconds", 0)  # of the part that was stopped
     start = time.perf_counter()
     whole = training.fit(
         model,

@@ -354,22 +354,22 @@ def main(work):
 
     def refused(message):
         (work / "refused").write_text(message, "utf-8")
-        raise SystemExit(1)
+        return SystemExit(1)
 
     try:
         model = keras.models.load_model(work / "model.keras", compile=False)
     except TypeError as error:
         cause = re.search(r"Could not locate class '\w+'", str(error))
         cause = cause.group() if cause else gate.first_line(error)
-        refused(
+        raise refused(
             "The conversion process, which has Keras' layers and this package's, cannot open the "
             f"model: {cause}."
-        )
+        ) from None
     job = json.loads((work / "job.json").read_text())
     with np.load(work / "arrays.npz") as found:
         arrays = dict(found)
     try:
         reports = write_all(model, job, arrays, work)
     except Refused as error:
-        refused(str(error))
+        raise refused(str(error)) from None
     (work / "reports.json").write_text(json.dumps(reports))

@@ -70,13 +70,13 @@ def lean(model, mean_std=None, panels=False):
     """
     check(model)
     layers = {layer.name: layer for layer in model.layers}
-    rows = blocks_of(model)
+    run = blocks_and_rows(model)
     if "pixels" in layers:
         stem = tnt_stem(layers, mean_std)
-        body = tnt_blocks(rows, panels, layers["encoder"].num_prefix_tokens)
+        body = tnt_blocks(run, panels, layers["encoder"].num_prefix_tokens)
     else:
         stem = vit_stem(layers, mean_std)
-        body = vit_blocks(rows, panels)
+        body = vit_blocks(run, panels)
     head = top(layers)
 
     def function(images):
@@ -152,7 +152,7 @@ def activation_of(layers):
     return None if name == "linear" else name
 
 
-def blocks_of(model):
+def blocks_and_rows(model):
     """[(block, how many leading rows of each image are read of it; None: all)]."""
     *others, last = blocks(model)
     layers = {layer.name: layer for layer in model.layers}
@@ -161,7 +161,7 @@ def blocks_of(model):
 
 def has_panels(model):
     """Whether `panels` changes a model's lean graph."""
-    outer = [(getattr(block, "outer", block), rows) for block, rows in blocks_of(model)]
+    outer = [(getattr(block, "outer", block), rows) for block, rows in blocks_and_rows(model)]
     return any(
         forms(block, rows, panels=True) != forms(block, rows, panels=False) for block, rows in outer
     )

@@ -270,7 +270,7 @@ def export_all(
                 **{**found, "path": path, "comparison": compared, "sensitivity": rows}
             )
             put_in_place(Path(found["path"]), place)
-            with folder_beside(report_of(place)) as folder:
+            with folder_beside(report_of(place)) as folder:  # elsewhere, if `place` is a link
                 new = Path(folder) / report_of(place).name
                 new.write_text(record(report, preprocessing, names))
                 put_in_place(new, report_of(place))
@@ -292,7 +292,7 @@ def convert(work, progress):
         KERAS_BACKEND="tensorflow",
         CUDA_VISIBLE_DEVICES="-1",
         TF_CPP_MIN_LOG_LEVEL="3",
-        PYTHONIOENCODING="utf-8:replace",
+        PYTHONIOENCODING="utf-8:replace",  # file names have characters that a locale may lack
         TMPDIR=str(work),  # a killed process cannot clear what it put elsewhere
     )
     command = [sys.executable, "-P", "-c", START, str(work), str(Path(__file__).parents[1])]
@@ -325,9 +325,9 @@ def convert(work, progress):
 
 @contextmanager
 def folder_beside(path):
-    """A folder for a while where `path` will stand, or a link leads, whose parents are made.
+    """A temporary folder in that of `path`, or of what it links to: there it can be moved in place.
 
-    Parents that are empty in the end go, too.
+    Parents are made, and removed if they are empty in the end.
     """
     parent = path.resolve().parent
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]

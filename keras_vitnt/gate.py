@@ -291,7 +291,7 @@ def open_saved_model(path):
         raise ValueError(f"it has {len(arguments)} inputs and {len(outputs)} outputs, not one each")
     ((name, given),) = arguments.items()
 
-    def run(images):  # of `loaded`, without which the variables were gone
+    def run(images):  # through `loaded`, which keeps the variables alive
         (output,) = loaded.signatures["serving_default"](**{name: tf.constant(images)}).values()
         return output.numpy()
 

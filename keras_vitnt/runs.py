@@ -12,35 +12,32 @@ from .export import copy, export_all
 PICTURES = ("curves.png", "confusion.png", "attention.png")
 EXPORTS = {"saved_model": None, "model.tflite": None, "model_int8.tflite": "int8"}
 # All that a run leaves in its folder; `backup` until the training is complete.
-LEFT = ("backup", "history.csv", "labels.txt", "metrics.json", "model.keras", *PICTURES, *EXPORTS)
-LEFT += tuple(f"{name}.json" for name in EXPORTS)
+RUN_FILES = (
+    *("backup", "history.csv", "labels.txt", "metrics.json", "model.keras", *PICTURES),
+    *(*EXPORTS, *(f"{name}.json" for name in EXPORTS)),
+)
 COMPARED = 2000  # photos that the files are run on, at most
 
 
 def check_replaces(folder):
-    """Refuse to train where something else stands than a run's folder or an empty one.
+    """Refuse to train in place of anything but a run's folder or an empty one.
 
     Raises:
-        FileExistsError: then.
+        FileExistsError: if something else stands there.
     """
-    empty = folder.is_dir() and not any(folder.iterdir())
-    backup = folder / "backup"  # another one's would be taken for the training's, and removed
-    begun = (backup / "options.json").is_file()
-    if not empty and not begun and (backup.exists() or not is_complete(folder)):
+    backup = folder / "backup"
+    if backup.exists():  # another one's: Keras would take it for its own and remove it
+        ours = (backup / "options.json").is_file()
+    else:
+        empty = folder.is_dir() and not any(folder.iterdir())
+        ours = empty or bool(sources.metrics_of(folder))
+    if not ours:
         raise FileExistsError(f"{folder} is no run's folder and is not replaced: name another one.")
-
-
-def is_complete(folder):
-    """Whether a training that ended left its figures here."""
-    try:
-        return "validation_accuracy" in json.loads((folder / "metrics.json").read_text())
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def clear(folder):
     """Remove what a run left in its folder, and nothing else."""
-    for path in (folder / name for name in LEFT):
+    for path in (folder / name for name in RUN_FILES):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -45,21 +45,23 @@ def recorded(file):
             f"({error}): move one of them."
         ) from None
     if record == own:
-        of_run = run_that_left(file)
-        data, data_dir = of_run.get("data"), of_run.get("data_dir")
+        metrics = metrics_of(file.parent)
+        if file.name not in metrics.get("files", ()):  # another one's, or exported later
+            metrics = {}
+        data, data_dir = metrics.get("data"), metrics.get("data_dir")
         return Source(preprocessing, found.get("names"), data, data_dir)
     labels = file.parent / "labels.txt"
     names = labels.read_text("utf-8").rstrip("\n").splitlines() if labels.is_file() else None
     return Source(preprocessing, names, found.get("data"), found.get("data_dir"))
 
 
-def run_that_left(file):
-    """The record of the training whose own export a file is; {} if it is of none."""
+def metrics_of(folder):
+    """What a run's `metrics.json` says; {} if a folder has none, or another one's."""
     try:
-        found = json.loads((file.parent / "metrics.json").read_text())
-        return found if file.name in found["files"] else {}
-    except (OSError, ValueError, TypeError, KeyError):
+        found = json.loads((folder / "metrics.json").read_text())
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) and "validation_accuracy" in found else {}
 
 
 def file_of(name):

@@ -1,5 +1,8 @@
 """The parts of ViT and DeiT, in the order the data flows.
 
+Images become tokens in `Patches` and `PatchEncoder`; each `TransformerBlock` is an `Attention` and
+an `MLP`, with `LayerScale` or without; `TokenPooling` or `AttentionPooling` makes tokens a vector.
+
 B batch, H x W image of C channels, P patch side, N patches, T tokens (prefix + patches),
 D width, h heads of width d = D / h.
 

@@ -216,7 +216,9 @@ def test_interrupted_training_keeps_a_state_to_resume(
 
     def finish(model, validation, originals, classes, folder, record):
         seen.append((record["interrupted"], record["training_seconds"]))
-        (folder / "metrics.json").write_text(json.dumps({"training_seconds": 100.0}))
+        (folder / "metrics.json").write_text(
+            json.dumps({"validation_accuracy": 0.5, "training_seconds": 100.0})
+        )
 
     def stop_in_second_epoch(self, epoch, logs=None):
         if epoch == 1:
